@@ -1,0 +1,58 @@
+"""Makes data/teacher.safetensors and data/judge.safetensors again, from all 60,000 Fashion-MNIST training images.
+
+    apt-get install dataset-fashion-mnist                       # Debian; or put the four .gz files into IDX_DIR
+    PYTHONPATH=. python experiments/fashion_mnist_networks.py
+
+Writes the images as sprite sheets (28 x 28 tiles sorted by class), prepares them, and calls teacher.main() twice. The
+judge has another architecture (a residual convolutional network) and another seed than the teacher, so that a student
+is not judged by the network it imitated.
+"""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import prepare_latents
+import teacher
+
+IDX_DIR = "/usr/share/datasets/fashion-mnist"
+WORK_DIR = "data"  # sheets and prepared folders
+NETWORKS = ("teacher", "judge")
+
+
+def read_idx(path):
+    """Array of an MNIST idx file: two zero bytes, type 8 (uint8), dimensions, big-endian sizes, then the data."""
+    content = gzip.decompress(Path(path).read_bytes())
+    sizes = np.frombuffer(content, ">i4", content[3], 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
+
+
+def write_sheet(split, path):
+    """All images of a split ("train", "t10k") as one sheet, 100 tiles wide, sorted by class."""
+    images, labels = (read_idx(f"{IDX_DIR}/{split}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    tiles = images[np.argsort(labels, kind="stable")]
+    rows = len(tiles) // 100
+    Image.fromarray(tiles.reshape(rows, 100, 28, 28).transpose(0, 2, 1, 3).reshape(rows * 28, 2800)).save(path)
+
+
+def main():
+    Path(WORK_DIR).mkdir(exist_ok=True)
+    prepare_latents.IMAGE_SIZE, prepare_latents.VAE, prepare_latents.WORKERS = 28, None, 0
+    for split, name in (("train", "fashion_mnist_60000"), ("t10k", "fashion_mnist_10000")):
+        prepare_latents.SOURCE, prepare_latents.DATA_DIR = f"{WORK_DIR}/{name}.png", f"{WORK_DIR}/{name}"
+        write_sheet(split, prepare_latents.SOURCE)
+        prepare_latents.main()
+    teacher.DATA_DIR, teacher.TEST_DIR = f"{WORK_DIR}/fashion_mnist_60000", f"{WORK_DIR}/fashion_mnist_10000"
+    if "teacher" in NETWORKS:
+        teacher.main()  # with its own constants
+    if "judge" in NETWORKS:
+        teacher.ARCHITECTURE = "resnet18"
+        teacher.ARCHITECTURE_SETTINGS = dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24)
+        teacher.EPOCHS, teacher.SEED, teacher.OUT = 6, 1, "data/judge.safetensors"
+        teacher.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""SiT, the scalable interpolant transformer (arXiv 2401.08740), with attention that can be returned.
+
+    model = build("SiT-XL/2")
+    velocity, attn_logits, features = model(x, t, y, attn_layers=(4, 5, 6, 7), return_features=True)
+
+A block named in `attn_layers` computes its attention from explicit logits and hands them out; every other block runs
+the fused `scaled_dot_product_attention` and no logits exist. Parameter names and shapes are those of the published
+SiT, REPA and HASTE checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+SIZES = {  # name: depth, hidden size, heads
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+MODELS = {
+    f"SiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch)
+    for size, (depth, hidden, heads) in SIZES.items()
+    for patch in (2, 4, 8)
+}
+MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, projector_dim=256)  # the demo's, for a CPU
+
+
+class PatchEmbed(nn.Module):
+    """Cuts [B, C, H, W] into patches and projects each: [B, N, D], row by row."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds times t [B] in 0..1 into [B, D]: sinusoids (cosine half first, as in GLIDE), then an MLP."""
+
+    def __init__(self, hidden_size, frequency_dim=256):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        half = self.frequency_dim // 2
+        frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label".
+
+    Dropping labels is the training loop's business: its draws are seeded by step, so that a resumed run repeats them.
+    """
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; with `return_logits` also q k^T / sqrt(head dim), [B, heads, N, N], before softmax."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, return_logits=False):
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head dim]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if return_logits:
+            # The logits must exist anyway, so attend with them instead of having a fused kernel compute them again.
+            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, N, N]
+            out = logits.softmax(dim=-1).to(v.dtype) @ v
+        else:
+            logits = None
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D)), logits
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, hidden_size, mlp_hidden_size):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x, shift, scale):
+    """Adaptive layer norm's second half: x [B, N, D], shift and scale [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, condition, return_logits=False):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        attended, logits = self.attn(modulate(self.norm1(x), shift1, scale1), return_logits)
+        x = x + gate1.unsqueeze(1) * attended
+        x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x, logits
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, D] to patches [B, N, patch * patch * channels]."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, condition):
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_pos_embed(hidden_size, grid):
+    """Fixed 2-D sine-cosine position table [1, grid * grid, D] of MAE: first half by column, second half by row."""
+    omega = 10_000 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D / 2]
+    by_column = line[None, :, :].expand(grid, grid, -1)
+    by_row = line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([by_column, by_row], dim=-1).reshape(1, grid * grid, hidden_size).float()
+
+
+class SiT(nn.Module):
+    """Diffusion transformer that predicts the velocity of an interpolant between data (t = 0) and noise (t = 1).
+
+    align_depth: `features` are the tokens after this many blocks, through the projector (REPA, arXiv 2410.06940).
+    teacher_dim: width of the projector's output; None builds no projector.
+    learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the first C are the velocity.
+    """
+
+    def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
+                 align_depth=8, teacher_dim=768, projector_dim=2048):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}; "
+                             f"choose a model whose patch divides it")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+        if teacher_dim is not None and not 1 <= align_depth <= depth:
+            raise ValueError(f"align_depth {align_depth} is not one of the model's blocks 1..{depth}")
+        self.input_size, self.patch_size, self.grid = input_size, patch_size, input_size // patch_size
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.num_classes, self.align_depth, self.teacher_dim = num_classes, align_depth, teacher_dim
+        self.activation_checkpointing = False  # True recomputes each block in the backward pass: less memory, 1/3 slower
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.projectors = None
+        if teacher_dim is not None:
+            projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+                                      nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+                                      nn.Linear(projector_dim, teacher_dim))
+            self.projectors = nn.ModuleList([projector])  # a list of one: the published keys are projectors.0.*
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """DiT's initialisation: Xavier for linear layers, zero where a block or the output must start as nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
+                                                                             self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
+
+    def unpatchify(self, x):
+        """[B, N, patch * patch * C] to [B, C, H, W]."""
+        g, p, c = self.grid, self.patch_size, self.out_channels
+        x = x.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, patch, columns, patch]
+        return x.reshape(-1, c, g * p, g * p)
+
+    def forward(self, x, t, y, attn_layers=(), return_features=False):
+        """Velocity at x_t, and on request what the alignment losses need.
+
+        x [B, C, H, W]; t [B] in 0..1; y [B] int64 class ids, num_classes meaning "no label".
+        Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
+        0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features.
+        """
+        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
+            raise ValueError(f"x is {list(x.shape)}; this model takes "
+                             f"[B, {self.in_channels}, {self.input_size}, {self.input_size}]")
+        if any(not 0 <= layer < len(self.blocks) for layer in attn_layers):
+            raise ValueError(f"attn_layers {list(attn_layers)} must lie in 0..{len(self.blocks) - 1}")
+        if return_features and self.projectors is None:
+            raise ValueError("return_features needs a projector; build the model with teacher_dim set")
+
+        x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
+        condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        logits, features = {}, None
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, block_logits = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
+            else:
+                x, block_logits = block(x, condition, i in attn_layers)
+            if i in attn_layers:
+                logits[i] = block_logits
+            if return_features and i + 1 == self.align_depth:
+                features = self.projectors[0](x)
+        velocity = self.unpatchify(self.final_layer(x, condition))[:, : self.in_channels]
+        return velocity, [logits[i] for i in attn_layers], features
+
+
+def build(name, **overrides):
+    """The SiT called `name` ("SiT-XL/2", see MODELS), with any of SiT's arguments overridden."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    return SiT(**{**MODELS[name], **overrides})
