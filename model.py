@@ -26,7 +26,8 @@ MODELS = {
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
-MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, projector_dim=256)  # the demo's, for a CPU
+# the demo's, for a CPU
+MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, align_depth=3, projector_dim=256)
 
 
 class PatchEmbed(nn.Module):

@@ -222,10 +222,11 @@ def main():
                 latents = sample_ode(velocity, x, y, heun=HEUN, **options)
             with torch.no_grad():
                 images = to_bytes(latents, vae, scale).cpu()
-            if drawn is None:
-                drawn = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (NUM_SAMPLES, *images.shape[2:], 3))
-            kept = batch < NUM_SAMPLES
-            drawn[batch[kept].numpy()] = images[kept].permute(0, 2, 3, 1).numpy()
+            if NUM_SAMPLES:
+                if drawn is None:
+                    drawn = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (NUM_SAMPLES, *images.shape[2:], 3))
+                kept = batch < NUM_SAMPLES
+                drawn[batch[kept].numpy()] = images[kept].permute(0, 2, 3, 1).numpy()
             shown.update({i: image for i, image in zip(batch.tolist(), images) if i in in_grid})
             bar.update(len(batch))
 
@@ -236,8 +237,8 @@ def main():
             with open(path, "wb") as file:
                 np.savez(file, arr_0=drawn)
         write_atomically(out / "samples.npz", write)
+        unfinished.unlink()
         print(f"{out / 'samples.npz'}: arr_0 {list(drawn.shape)} uint8, classes in turn")
-    unfinished.unlink()
 
 
 if __name__ == "__main__":

@@ -107,9 +107,10 @@ class Teacher(nn.Module):
             raise ValueError(f"teacher layers {list(self.layers)} must lie in 0..{depth - 1}; change LAYER_PAIRS")
         for layer in self.layers:
             block = network.blocks[layer]
-            if type(block) is not Block or type(block.attn) is not Attention or getattr(block.attn, "gate", None):
+            attn = getattr(block, "attn", None)
+            if type(block) is not Block or type(attn) is not Attention or getattr(attn, "gate", None) is not None:
                 raise ValueError(f"teacher {kind} has no attention of the usual kind in layer {layer} "
-                                 f"({type(block).__name__}, {type(block.attn).__name__}); choose another timm ViT")
+                                 f"({type(block).__name__}, {type(attn).__name__}); choose another timm ViT")
         if input_size % patch:
             raise ValueError(f"teacher input_size {input_size} is no multiple of its patch size {patch}; "
                              f"take the student's grid times {patch}")

@@ -8,9 +8,11 @@ The constants below are the paper's ImageNet 256x256 run. The same command again
 """
 
 import csv
+import importlib.util
 import json
 import os
 import platform
+import reprlib
 import shutil
 import signal
 import sys
@@ -76,7 +78,7 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MODEL", "PATH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH", "data")
+FROZEN = ("SEED", "MODEL", "PATH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "images_per_s",
            "gradient_cosine", "skipped")
 
@@ -200,7 +202,7 @@ def ema_parameters(model):
     return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
 
 
-def drop_projector(model, optimizer, ema):
+def drop_projector(model, optimizer):
     """Phase II's model and optimiser: the projector is gone, every other parameter keeps its moments."""
     moments = optimizer.state
     model.projectors = None
@@ -242,7 +244,10 @@ def load_checkpoint(run, settings):
     except Exception as error:  # zip, pickle and torch raise many kinds for a damaged file
         raise ValueError(f"{found[-1]}: damaged checkpoint ({type(error).__name__}); delete it to resume from the one "
                          f"before, if there is one") from error
-    differing = [f"{key} {saved.get(key)!r}, now {settings[key]!r}" for key in FROZEN if saved.get(key) != settings[key]]
+    differing = [f"{key} {reprlib.repr(saved[key])}, now {reprlib.repr(settings[key])}" for key in FROZEN
+                 if saved[key] != settings[key]]
+    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
+                  for key, value in saved["data"].items() if value != settings["data"][key]]
     if differing:
         raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
                          f"or choose another RUN_DIR")
@@ -266,21 +271,15 @@ def truncate_log(path, step):
 
 def open_tracker(run, settings):
     """A function (step, values) that reports to TRACKER."""
-    if TRACKER is None:
-        return lambda step, values: None
-    try:
-        if TRACKER == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(run)
-            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
-        if TRACKER == "wandb":
-            import wandb
-            wandb.init(project="nanohaste", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
-            return lambda step, values: wandb.log(values, step=step)
-    except ImportError as error:
-        raise ValueError(f"TRACKER {TRACKER!r} needs a package that is not installed ({error.name}); install it, "
-                         f"or set TRACKER to None") from error
-    raise ValueError(f"unknown TRACKER {TRACKER!r}; choose 'tensorboard', 'wandb' or None")
+    if TRACKER == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run)
+        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+    if TRACKER == "wandb":
+        import wandb
+        wandb.init(project="nanohaste", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
+        return lambda step, values: wandb.log(values, step=step)
+    return lambda step, values: None
 
 
 def check_settings(data, world):
@@ -291,6 +290,10 @@ def check_settings(data, world):
         raise ValueError(f"unknown PATH {PATH!r}; choose 'linear' or 'cosine'")
     if TRIGGER not in ("steps", "conflict"):
         raise ValueError(f"unknown TRIGGER {TRIGGER!r}; choose 'steps' or 'conflict'")
+    if TRACKER not in (None, "tensorboard", "wandb"):
+        raise ValueError(f"unknown TRACKER {TRACKER!r}; choose 'tensorboard', 'wandb' or None")
+    if TRACKER and importlib.util.find_spec(TRACKER) is None:
+        raise ValueError(f"TRACKER {TRACKER!r}: that package is not installed; pip install {TRACKER}, or set it to None")
     if BATCH_SIZE % (world * MICRO_BATCHES):
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} is no multiple of {world} processes times MICRO_BATCHES {MICRO_BATCHES}")
     if len(data) < 1:
@@ -471,7 +474,7 @@ def main():
         # the switch: teacher, projector and images go for good
         if aligning and (step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)):
             aligning, teacher = False, None
-            optimizer = drop_projector(model, optimizer, ema)
+            optimizer = drop_projector(model, optimizer)
             torch.compiler.reset()
             student = prepare_step(model)
             data = PreparedDataset(DATA_DIR, with_images=False)

@@ -1,0 +1,91 @@
+"""What several tests share: a small prepared data set, a small teacher, and train.py's constants set for both."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: a test never waits for a network
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prepare_latents
+import teacher
+import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("slow") and not os.environ.get("NANOHASTE_SLOW"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; set NANOHASTE_SLOW=1"))
+
+
+def load_golden(name):
+    """(arrays as tensors, state dict, meta) of a reference file."""
+    with np.load(ROOT / "tests/golden" / f"{name}.npz") as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+        meta = json.loads(str(file["meta"]))
+    return tensors, {key[3:]: value for key, value in tensors.items() if key.startswith("sd/")}, meta
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return load_golden
+
+
+def set_constants(patch, module, **constants):
+    for name, value in constants.items():
+        assert hasattr(module, name), f"{module.__name__} has no constant {name}"
+        patch.setattr(module, name, value)
+
+
+@pytest.fixture(scope="session")
+def session_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """200 real images, 20 of each class, prepared in pixel mode."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.open(ROOT / "data/fashion_mnist_test.png").crop((0, 0, 20 * 28, 10 * 28)).save(folder / "sheet.png")
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, prepare_latents, SOURCE=str(folder / "sheet.png"), DATA_DIR=str(folder / "prepared"),
+                      IMAGE_SIZE=28, VAE=None, WORKERS=0, BATCH_SIZE=64)
+        prepare_latents.main()
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory, data_dir):
+    """A small vision transformer, trained for one epoch by teacher.main()."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, teacher, DATA_DIR=str(data_dir), TEST_DIR=str(data_dir), OUT=str(path), EPOCHS=1,
+                      BATCH_SIZE=20, ARCHITECTURE="vit_tiny_patch16_224",
+                      ARCHITECTURE_SETTINGS=dict(img_size=28, patch_size=4, embed_dim=32, depth=4, num_heads=2))
+        teacher.main()
+    return path
+
+
+@pytest.fixture
+def small_run(monkeypatch, data_dir, teacher_file, tmp_path):
+    """A function that sets train's constants for a 12-step run, the switch after 6, and any others."""
+    def configure(**constants):
+        set_constants(monkeypatch, train, **{**small_constants(data_dir, teacher_file, tmp_path / "run"), **constants})
+        return Path(train.RUN_DIR)
+    return configure
+
+
+def small_constants(data_dir, teacher_file, run):
+    return dict(DATA_DIR=str(data_dir), RUN_DIR=str(run), WORKERS=0, MODEL="SiT-T/4", TEACHER=str(teacher_file),
+                LAYER_PAIRS=[(1, 2), (2, 3)], ALIGN_DEPTH=3, ALIGN_STEPS=6, STEPS=12, BATCH_SIZE=8, LEARNING_RATE=1e-3,
+                EMA_DECAY=0.9, COMPILE=False, LOG_EVERY=3, CHECKPOINT_EVERY=2, PREVIEW_EVERY=0, CONFLICT_EVERY=0)

@@ -1,0 +1,473 @@
+"""The two-phase loop: reference losses, bit-exact resume, what phase II must not do, bad input, two processes."""
+
+import csv
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_constants
+from test_model import ShapeRecorder
+
+import sample
+import train
+from prepare_latents import PreparedDataset
+from teacher import Teacher
+from train import attention_loss, feature_loss, interpolate
+
+
+def test_losses_equal_the_reference(golden):
+    z, _, meta = golden("haste_loss")
+    for path in ("linear", "cosine"):
+        x_t, velocity = interpolate(z["x"], z["noise"], z["t"], path)
+        torch.testing.assert_close(x_t, z[f"{path}_x_t"], rtol=meta["rtol"], atol=1e-6)
+        torch.testing.assert_close(velocity, z[f"{path}_velocity"], rtol=meta["rtol"], atol=1e-6)
+        loss = torch.nn.functional.mse_loss(z["vp"], velocity)
+        torch.testing.assert_close(loss, z[f"{path}_denoising_loss"], rtol=meta["rtol"], atol=0)
+    loss = attention_loss(list(z["student_logits"]), list(z["teacher_logits"]))
+    torch.testing.assert_close(loss, z["attention_loss"], rtol=meta["rtol"], atol=0)
+    loss = feature_loss(z["student_features"], z["teacher_features"])
+    torch.testing.assert_close(loss, z["feature_loss"], rtol=meta["rtol"], atol=1e-7)
+
+
+def test_losses_equal_the_published_call_at_256_tokens(golden):
+    z, _, meta = golden("haste_loss256")
+    tolerance = dict(rtol=meta["rtol"], atol=meta["atol"])
+    for path in ("linear", "cosine"):
+        x_t, velocity = interpolate(z["x"], z["noise"], z[f"{path}_t"], path)
+        torch.testing.assert_close(x_t, z[f"{path}_x_t"], **tolerance)
+        torch.testing.assert_close(velocity, z[f"{path}_velocity"], **tolerance)
+    q, k = z["student_q"].float().requires_grad_(), z["student_k"].float().requires_grad_()
+    scale = q.shape[-1] ** -0.5
+    student = [(a * scale) @ b.mT for a, b in zip(q, k)]
+    teacher = [(a * scale) @ b.mT for a, b in zip(z["teacher_q"].float(), z["teacher_k"].float())]
+    loss = attention_loss(student, teacher)
+    torch.testing.assert_close(loss, z["attention_loss"], **tolerance)
+    torch.testing.assert_close(loss.double(), z["attention_loss_float64"], rtol=1e-5, atol=0)
+    assert loss > z["teacher_entropy"]
+    loss.backward()
+    torch.testing.assert_close(q.grad[0, :, 0], z["attention_grad_q"], **tolerance)
+    torch.testing.assert_close(k.grad[0, :, 0], z["attention_grad_k"], **tolerance)
+    assert not q.grad[:, :, 12:].any()  # heads without a partner
+    loss = feature_loss(z["student_features"].float(), z["teacher_features"].float())
+    torch.testing.assert_close(loss, z["feature_loss"], **tolerance)
+
+
+def test_losses_refuse_grids_that_do_not_match():
+    with pytest.raises(ValueError, match=r"\[1, 2, 9, 9\] and teacher attention \[1, 2, 16, 16\] do not match; run the"):
+        attention_loss([torch.zeros(1, 2, 9, 9)], [torch.zeros(1, 2, 16, 16)])
+    with pytest.raises(ValueError, match=r"\[1, 9, 4\] and teacher tokens \[1, 16, 4\] do not match; run the teacher"):
+        feature_loss(torch.zeros(1, 9, 4), torch.zeros(1, 16, 4))
+
+
+def read_log(run):
+    with open(Path(run) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def final_state(run, step=12):
+    return torch.load(Path(run) / f"checkpoints/step_{step:07d}.pt", weights_only=True)
+
+
+def assert_same_state(a, b, path="state"):
+    """Bit for bit: weights, optimiser, EMA, meters, phase."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"settings"}:
+            assert_same_state(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same_state(x, y, f"{path}.{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def test_run_through_both_phases(small_run, capsys):
+    run = small_run(PREVIEW_EVERY=6, PREVIEW_STEPS=2, WORKERS=2)
+    train.main()
+    log = read_log(run)
+    assert [row["step"] for row in log] == ["3", "6", "9", "12"] and [row["phase"] for row in log] == ["1", "1", "2", "2"]
+    assert all(float(row["attention_loss"]) > 1 and float(row["feature_loss"]) != 0 for row in log[:2])
+    assert all(float(row["attention_loss"]) == 0 == float(row["feature_loss"]) for row in log[2:])
+    assert float(log[3]["denoising_loss"]) < float(log[0]["denoising_loss"])
+    text = capsys.readouterr().out
+    assert text.count("phase II, plain SiT") == 1 and "step 6: phase II" in text
+    assert (run / "log.txt").read_text().count("phase II, plain SiT") == 1
+    assert sorted(path.name for path in (run / "previews").iterdir()) == ["step_0000006.png", "step_0000012.png"]
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["ALIGN_STEPS"] == 6 and settings["sit"]["num_classes"] == 10 and settings["data"]["count"] == 200
+    assert (run / "train.py").read_text() == (ROOT / "train.py").read_text()
+    state = final_state(run)
+    assert not any("projectors" in key for key in [*state["model"], *state["ema"]]) and not state["aligning"]
+    assert any("projectors" in key for key in final_state(run, 6)["model"])
+    model, _ = sample.load_model(run / "ema.safetensors")
+    assert all(torch.equal(value, state["ema"][key]) for key, value in model.state_dict().items())
+    assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
+
+
+EXPERIMENT = """
+import json, os, signal, sys
+import train
+for name, value in json.loads(sys.argv[1]).items():
+    setattr(train, name, [tuple(v) for v in value] if name == "LAYER_PAIRS" else value)
+number, at = int(sys.argv[2]), int(sys.argv[3])
+draw_noise = train.draw_noise
+def kill_in_the_middle_of_a_step(step, *args):
+    if step == at:
+        os.kill(os.getpid(), number)
+    return draw_noise(step, *args)
+train.draw_noise = kill_in_the_middle_of_a_step
+train.main()
+"""
+
+
+@pytest.fixture
+def run_process(tmp_path, data_dir, teacher_file):
+    """Runs train.main() in a process (or several) of its own that gets a signal in the middle of a given step."""
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+
+    def run(folder, number=0, at=-1, processes=None, **constants):
+        constants = {**small_constants(data_dir, teacher_file, folder), **constants}
+        launch = [] if processes is None else ["-m", "torch.distributed.run", "--standalone",
+                                               f"--nproc_per_node={processes}"]
+        return subprocess.run([sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants),
+                               str(number), str(at)], cwd=ROOT, text=True, capture_output=True, timeout=300,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return run
+
+
+def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_process, tmp_path):
+    whole = run_process(tmp_path / "whole", CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+    assert whole.returncode == 0, whole.stderr
+    for at in (3, 6, 9):  # phase I; the first step after the switch; phase II. Checkpoints are written every 2 steps.
+        killed = run_process(tmp_path / "killed", signal.SIGKILL, at, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+        assert killed.returncode == -signal.SIGKILL
+    resumed = run_process(tmp_path / "killed", CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+    assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
+    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(tmp_path / name)]
+                for name in ("whole", "killed")]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(run_process, tmp_path, number):
+    stopped = run_process(tmp_path / "run", number, 4, CHECKPOINT_EVERY=100, WORKERS=1)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "step 5: stopped by a signal and saved; the same command resumes" in stopped.stdout
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000005.pt"]
+
+
+def test_interrupted_between_log_lines_resumes_bit_exact(small_run, monkeypatch, tmp_path):
+    small_run(RUN_DIR=str(tmp_path / "whole"))
+    train.main()
+    small_run(RUN_DIR=str(tmp_path / "parts"), WORKERS=1)
+    draw_noise = train.draw_noise
+    monkeypatch.setattr(train, "draw_noise", lambda step, *args: (step in (4, 7) and os.kill(os.getpid(), signal.SIGINT),
+                                                                  draw_noise(step, *args))[1])
+    train.main()
+    train.main()
+    monkeypatch.setattr(train, "draw_noise", draw_noise)
+    train.main()
+    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+
+
+def test_phase_two_has_no_teacher_reads_no_image_and_computes_no_logits(small_run, monkeypatch):
+    """Watched from inside the run: objects alive, files mapped into memory, shapes of every tensor computed."""
+    small_run(WORKERS=0, CHECKPOINT_EVERY=100)
+    seen, recorder, draw_noise = {}, ShapeRecorder(), train.draw_noise
+
+    def watch(step, *args):
+        gc.collect()
+        alive = [o for o in gc.get_objects() if type(o) is Teacher]
+        seen[step] = dict(teachers=len(alive), images="images.bin" in Path("/proc/self/maps").read_text(),
+                          logits_before=any(shape[-2:] == (49, 49) for shape in recorder.shapes))
+        recorder.shapes.clear()
+        return draw_noise(step, *args)
+
+    monkeypatch.setattr(train, "draw_noise", watch)
+    with recorder:
+        train.main()
+    assert seen[3] == dict(teachers=1, images=True, logits_before=True)
+    for step in range(7, 12):
+        assert seen[step] == dict(teachers=0, images=False, logits_before=False)
+    assert seen[6]["teachers"] == 0 and not seen[6]["images"]  # gone before the first step of phase II
+
+
+def copy_without_images(data_dir, folder):
+    folder.mkdir()
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        (folder / name).write_bytes((data_dir / name).read_bytes())
+    return str(folder)
+
+
+def test_plain_sit_needs_neither_images_nor_teacher(small_run, data_dir, tmp_path):
+    run = small_run(ALIGN_STEPS=0, TEACHER="absent.safetensors", DATA_DIR=copy_without_images(data_dir, tmp_path / "d"))
+    train.main()
+    assert [row["phase"] for row in read_log(run)] == ["2"] * 4
+
+
+def test_a_run_resumed_in_phase_two_never_loads_the_teacher(small_run, monkeypatch):
+    small_run(STEPS=8)
+    train.main()
+    small_run(STEPS=12)
+    monkeypatch.setattr(train, "load_network", lambda name: pytest.fail("the teacher was loaded"))
+    train.main()
+
+
+def test_repa_is_attention_weight_zero(small_run):
+    run = small_run(ATTENTION_WEIGHT=0, STEPS=3, LAYER_PAIRS=[(99, 99)])
+    with ShapeRecorder() as recorder:
+        train.main()
+    assert not any(shape[-2:] == (49, 49) for shape in recorder.shapes)
+    (row,) = read_log(run)
+    assert float(row["attention_loss"]) == 0 and float(row["feature_loss"]) != 0
+
+
+def test_attention_alone_builds_no_projector(small_run):
+    run = small_run(FEATURE_WEIGHT=0, STEPS=3, CHECKPOINT_EVERY=3)
+    train.main()
+    assert not any("projectors" in key for key in final_state(run, 3)["model"])
+    assert float(read_log(run)[0]["attention_loss"]) > 0
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(small_run, tmp_path):
+    states = []
+    for parts in (1, 4):
+        run = small_run(RUN_DIR=str(tmp_path / str(parts)), MICRO_BATCHES=parts, STEPS=8, CHECKPOINT_EVERY=8)
+        train.main()
+        states.append(final_state(run, 8)["model"])
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=2e-4)  # 8 steps of 1e-3 at most
+
+
+def test_activation_checkpointing_and_cosine_path_run(small_run, tmp_path):
+    states = []
+    for flag in (False, True):
+        run = small_run(RUN_DIR=str(tmp_path / str(flag)), ACTIVATION_CHECKPOINTING=flag, PATH="cosine", STEPS=8)
+        train.main()
+        states.append(final_state(run, 8))
+    assert_same_state(*states)
+
+
+def test_the_model_is_compiled_at_the_start_and_once_at_the_switch(small_run, monkeypatch):
+    compiled, at, draw_noise, compile = [], [], train.draw_noise, torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(at[-1])
+        return graph.forward
+
+    monkeypatch.setattr(train, "draw_noise", lambda step, *args: (at.append(step), draw_noise(step, *args))[1])
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
+    run = small_run(COMPILE=True)
+    train.main()
+    assert compiled.count(0) == 2 and compiled.count(6) == 1 and len(compiled) == 3  # teacher and student; student
+    monkeypatch.setattr(torch, "compile", compile)
+    eager = small_run(RUN_DIR=f"{run}-eager")
+    train.main()
+    for a, b in zip(read_log(run), read_log(eager), strict=True):
+        assert float(a["denoising_loss"]) == pytest.approx(float(b["denoising_loss"]), rel=1e-3)
+
+
+def test_two_processes_train_like_one(run_process, tmp_path):
+    one = run_process(tmp_path / "one", STEPS=8, MICRO_BATCHES=2, WORKERS=1)
+    two = run_process(tmp_path / "two", STEPS=8, MICRO_BATCHES=2, processes=2, WORKERS=1, CONFLICT_FROM=2, CONFLICT_EVERY=4,
+                      CONFLICT_IMAGES=10)
+    assert one.returncode == 0 and two.returncode == 0, two.stderr
+    assert two.stdout.count("phase II, plain SiT") == 1  # rank 0 speaks
+    a, b = final_state(tmp_path / "one", 8), final_state(tmp_path / "two", 8)
+    assert a["model"].keys() == b["model"].keys()
+    for key in a["model"]:
+        torch.testing.assert_close(a["model"][key], b["model"][key], rtol=0, atol=2e-4)
+    for x, y in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for key in ("denoising_loss", "feature_loss", "attention_loss", "grad_norm"):
+            assert float(x[key]) == pytest.approx(float(y[key]), rel=1e-3)
+    # and a run of two processes goes on in one
+    resumed = run_process(tmp_path / "two", STEPS=10)
+    assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
+
+
+def test_two_processes_stop_together_on_a_signal(run_process, tmp_path):
+    stopped = run_process(tmp_path / "run", signal.SIGTERM, 3, processes=2, STEPS=40, ALIGN_STEPS=20, CHECKPOINT_EVERY=100)
+    assert "step 10: stopped by a signal and saved" in stopped.stdout, stopped.stderr
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000010.pt"]
+
+
+def poisoned_data(data_dir, folder, poisoned):
+    """A copy of the data set in which the given images are not finite."""
+    folder.mkdir()
+    for path in data_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    np.load(folder / "latents.npy", mmap_mode="r+")[poisoned] = np.nan
+    return str(folder)
+
+
+def test_a_loss_that_is_not_finite_skips_its_step(small_run, data_dir, tmp_path):
+    victim = train.permutation(0, 0, 200)[2 * 8 + 5]  # in the batch of step 2
+    run = small_run(DATA_DIR=poisoned_data(data_dir, tmp_path / "d", [victim]), STEPS=4, CHECKPOINT_EVERY=1, LOG_EVERY=4)
+    train.main()
+    before, after = final_state(run, 2), final_state(run, 3)
+    assert_same_state(before["model"], after["model"])
+    assert_same_state(before["optimizer"], after["optimizer"])
+    assert not torch.equal(after["model"]["final_layer.linear.weight"],
+                           final_state(run, 4)["model"]["final_layer.linear.weight"])
+    (row,) = read_log(run)
+    assert row["skipped"] == "1" and np.isfinite(float(row["denoising_loss"]))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(small_run, data_dir, tmp_path):
+    data = poisoned_data(data_dir, tmp_path / "d", train.permutation(0, 0, 200)[5 * 8 : 9 * 8 : 8])  # steps 5..8
+    run = small_run(DATA_DIR=data, MAX_SKIPPED=3, LOG_EVERY=10, STEPS=20, CHECKPOINT_EVERY=5)
+    with pytest.raises(FloatingPointError, match="step 10: the loss was not finite in 4 steps in a row"):
+        train.main()
+    assert (run / "checkpoints/step_0000005.pt").exists()
+
+
+def test_conflict_trigger_ends_phase_one_once(small_run, capsys):
+    run = small_run(TRIGGER="conflict", ALIGN_STEPS=100, CONFLICT_FROM=2, CONFLICT_EVERY=2, CONFLICT_IMAGES=20,
+                    CONFLICT_BELOW=1.0)
+    train.main()
+    text = capsys.readouterr().out
+    assert "step 2: gradient cosine" in text and "step 2: phase II" in text and text.count("gradient cosine") == 1
+    assert [row["phase"] for row in read_log(run)] == ["2"] * 4
+    small_run(RUN_DIR=str(run) + "2", TRIGGER="conflict", CONFLICT_FROM=2, CONFLICT_EVERY=2, CONFLICT_IMAGES=20,
+              CONFLICT_BELOW=-1.0)
+    train.main()  # never in conflict: ALIGN_STEPS ends it
+    assert [row["phase"] for row in read_log(train.RUN_DIR)] == ["1", "1", "2", "2"]
+
+
+def test_every_epoch_is_a_fresh_permutation_and_every_rank_takes_its_part(monkeypatch):
+    monkeypatch.setattr(train, "BATCH_SIZE", 8)
+    order = np.concatenate([train.batch_indices(step, 20, 0, 1) for step in range(5)])  # two epochs of 20 in five batches
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20)) and not np.array_equal(order[:20], order[20:])
+    for step in range(5):
+        parts = np.concatenate([train.batch_indices(step, 20, rank, 4) for rank in range(4)])
+        assert np.array_equal(parts, order[step * 8 : step * 8 + 8])
+    noise = train.draw_noise(3, (2, 4, 4), 0, 1, "cpu")
+    parts = [train.draw_noise(3, (2, 4, 4), rank, 4, "cpu") for rank in range(4)]
+    for i in range(4):
+        assert torch.equal(noise[i], torch.cat([part[i] for part in parts]))
+    assert not torch.equal(noise[1], train.draw_noise(4, (2, 4, 4), 0, 1, "cpu")[1])
+
+
+def test_labels_are_dropped_as_often_as_asked(monkeypatch):
+    monkeypatch.setattr(train, "BATCH_SIZE", 10_000)
+    *_, t, drop = train.draw_noise(0, (1, 1, 1), 0, 1, "cpu")
+    assert (drop < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert t.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("constants, message", [
+    (dict(DATA_DIR="/nowhere"), "/nowhere: no such folder; set DATA_DIR to a prepared data set"),
+    (dict(MODEL="SiT-XXL/2"), "unknown model 'SiT-XXL/2'; choose one of"),
+    (dict(MODEL="SiT-S/8"), "input_size 28 is no multiple of patch_size 8; choose a model whose patch divides it"),
+    (dict(PATH="straight"), "unknown PATH 'straight'"),
+    (dict(TRIGGER="moon"), "unknown TRIGGER 'moon'"),
+    (dict(BATCH_SIZE=9, MICRO_BATCHES=2), "BATCH_SIZE 9 is no multiple of 1 processes times MICRO_BATCHES 2"),
+    (dict(LAYER_PAIRS=[(6, 2)]), r"LAYER_PAIRS \[\(6, 2\)\]: the student layers must lie in 0\.\.5"),
+    (dict(LAYER_PAIRS=[(1, 4)]), r"teacher layers \[4\] must lie in 0\.\.3; change LAYER_PAIRS"),
+    (dict(ALIGN_DEPTH=7), r"align_depth 7 is not one of the model's blocks 1\.\.6"),
+    (dict(TEACHER="absent.safetensors"), "absent.safetensors: no such file"),
+    (dict(TEACHER="resnet18"), "'resnet18' could not be fetched"),
+    (dict(TRACKER="abacus"), "unknown TRACKER 'abacus'"),
+])
+def test_bad_settings_are_refused_before_the_run_folder_is_touched(small_run, constants, message):
+    run = small_run(**constants)
+    with pytest.raises(ValueError, match=message):
+        train.main()
+    assert not run.exists()
+
+
+def test_half_written_data_set_is_refused(small_run, data_dir, tmp_path):
+    folder = copy_without_images(data_dir, tmp_path / "d")
+    small_run(DATA_DIR=folder)
+    with pytest.raises(ValueError, match="images.bin: 0 bytes, meta.json says"):
+        train.main()
+    Path(folder, "meta.json").unlink()
+    with pytest.raises(ValueError, match="no meta.json, so this is not a finished data set; run prepare_latents.py again"):
+        train.main()
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(small_run):
+    run = small_run(STEPS=4)
+    train.main()
+    newest = run / "checkpoints/step_0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:10_000])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="step_0000004.pt: damaged checkpoint .* delete it to resume from the one before"):
+        train.main()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    newest.unlink()
+    train.main()
+    assert newest.exists()
+
+
+def test_other_settings_or_data_are_refused_on_resume(small_run, data_dir, tmp_path):
+    small_run(STEPS=2)
+    train.main()
+    small_run(STEPS=4, SEED=1)
+    with pytest.raises(ValueError, match=r"made with other settings \(SEED 0, now 1\); set them back, or choose another"):
+        train.main()
+    folder = tmp_path / "fewer"
+    folder.mkdir()
+    for path in data_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["classes"].append("hat")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    small_run(STEPS=4, DATA_DIR=str(folder))
+    with pytest.raises(ValueError, match=r"other settings \(SEED 0, now 1; the data's classes \['T-shirt/top'"):
+        train.main()
+    small_run(STEPS=4, LEARNING_RATE=1e-5, SEED=0)  # may change in mid-run, and takes effect
+    train.main()
+    assert final_state(train.RUN_DIR, 4)["optimizer"]["param_groups"][0]["lr"] == 1e-5
+
+
+def test_scripts_end_bad_input_with_one_line(tmp_path):
+    for script in ("train.py", "prepare_latents.py", "teacher.py", "sample.py"):  # the constants' data is not there
+        ended = subprocess.run([sys.executable, str(ROOT / script)], cwd=tmp_path, text=True, capture_output=True)
+        assert ended.returncode == 1 and ended.stderr.startswith(f"{script}: "), ended.stderr
+        assert ended.stderr.count("\n") == 1 and "no such" in ended.stderr
+
+
+def test_tensorboard_gets_the_log(small_run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = small_run(TRACKER="tensorboard", STEPS=6)
+    train.main()
+    events = EventAccumulator(str(run)).Reload()
+    logged = {event.step: event.value for event in events.Scalars("denoising_loss")}
+    assert logged == {int(row["step"]): pytest.approx(float(row["denoising_loss"])) for row in read_log(run)}
+
+
+def test_preview_samples_the_ema_not_the_model(small_run, data_dir):
+    from PIL import Image
+    run = small_run(STEPS=2, PREVIEW_EVERY=2, PREVIEW_STEPS=3, PREVIEW_GRID=(2, 2))
+    train.main()
+    model, _ = sample.load_model(run / "ema.safetensors")
+    noise, y = sample.IndexedNoise(0, range(4)).draw((1, 28, 28)), torch.tensor([0, 0, 9, 9])
+    latents = torch.cat([sample.sample_ode(lambda x, t, y: model(x, t, y)[0], noise[i : i + 2], y[i : i + 2], steps=3, null=10)
+                         for i in (0, 2)])
+    sample.save_grid(sample.to_bytes(latents), 2, run / "expected.png")
+    preview, expected = (np.asarray(Image.open(path)).astype(int)
+                         for path in (run / "previews/step_0000002.png", run / "expected.png"))
+    assert preview.shape == (56, 56, 3) and np.abs(preview - expected).max() <= 1
+    assert len(PreparedDataset(data_dir).classes) == 10
+
+
+@pytest.mark.gpu
+def test_loop_runs_on_a_gpu_in_bf16_and_compiled(small_run):
+    run = small_run(COMPILE=True, BATCH_SIZE=64)
+    train.main()
+    log = read_log(run)
+    assert float(log[3]["denoising_loss"]) < float(log[0]["denoising_loss"])
+    assert "bf16" in (run / "log.txt").read_text()
