@@ -66,8 +66,8 @@ def main():
         phases[phase] = dict(images_per_s=len(rows) / sum(1 / row["images_per_s"] for row in rows), steps=last["step"],
                              **{key: last[key] for key in ("denoising_loss", "feature_loss", "attention_loss")})
     metrics = dict(phase_1=phases[1], phase_2=phases[2], label=drawn["label"], distance=drawn["frechet_distance"],
-                   distance_of_real_images=real["frechet_distance"], precision=drawn["precision"], recall=drawn["recall"],
-                   seconds=time.time() - started)
+                   distance_of_real_images=real["frechet_distance"], precision=drawn["precision"],
+                   recall=drawn["recall"], seconds=time.time() - started)
     prepare_latents.write_atomically(f"{OUT}/metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
 
     print("\n            until step   images/s   denoising   feature   attention")

@@ -43,17 +43,12 @@ DISTANCES = 2**26  # distances between features in memory at once; 2**26 are 256
 
 # ---- metrics
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu [D], sigma [D, D].
 
-    The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R = sigma1^(1/2): symmetric, so that it is
-    exact for rank-deficient covariances too (fewer images than dimensions).
-    """
+    The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R = sigma1^(1/2): symmetric, and so exact
+    for rank-deficient covariances too (fewer images than dimensions)."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape + mu1.shape == mu2.shape + mu2.shape == sigma1.shape == sigma2.shape:
-        raise ValueError(f"statistics of {mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape} cannot be "
-                         f"compared; take both from the same features")
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
@@ -82,8 +77,7 @@ def neighbour_radii(features, k):
 
 def share_inside(points, centres, radii):
     """Share of points [N, D] that lie in the ball of at least one centre [M, D] with radii [M]."""
-    chunks = points.split(max(1, DISTANCES // len(centres)))
-    inside = [(torch.cdist(chunk, centres) <= radii).any(dim=1) for chunk in chunks]
+    inside = [(torch.cdist(some, centres) <= radii).any(1) for some in points.split(max(1, DISTANCES // len(centres)))]
     return torch.cat(inside).double().mean().item()
 
 
@@ -92,8 +86,8 @@ def precision_recall(real_features, fake_features, k=3):
     """(precision, recall) of arXiv 1904.06991: the share of samples that lie within a real image's distance to its k-th
     nearest other real image, and the same with the roles exchanged. Features [N, D] and [M, D], numpy or torch."""
     if min(len(real_features), len(fake_features)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need at least {k + 1} images of each kind, got "
-                         f"{len(real_features)} real and {len(fake_features)} samples")
+        raise ValueError(f"precision and recall need more than k = {k} real images and as many samples, got "
+                         f"{len(real_features)} and {len(fake_features)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     real, fake = (torch.as_tensor(features).to(device, torch.float32) for features in (real_features, fake_features))
     centre = real.mean(dim=0)  # the distances do not change, and float32 loses fewer digits
@@ -121,14 +115,12 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions on the same input, concatenated; the pool runs first in the one called branch_pool.
-
-    branches: name = its layers in order, each (out_channels, kernel, ...) as Conv takes them, or a fork, a list of two.
-    """
+    """Branches of convolutions on the same input, concatenated; the pool runs first in the one called branch_pool. A
+    branch is a list of layers, (out_channels, kernel, ...) as Conv takes them, or of a fork, itself a list of two."""
 
     def __init__(self, channels, pool, **branches):
         super().__init__()
-        self.pool, self.branches = pool, {name: [] for name in branches}
+        self.pool, self.branches = pool, {branch: [] for branch in branches}
         for branch, layers in branches.items():
             width = channels
             for i, layer in enumerate(layers, start=1):
@@ -165,9 +157,8 @@ def resize_tf1(x, size):
 class InceptionV3(nn.Module):
     """The network behind FID, sFID and IS, with the parameters of INCEPTION_URL's file, in eval mode.
 
-    resize="tf1": as in ADM's graph, TensorFlow 1's resize to 299, (x - 128) / 128, logits without the bias.
-    resize="bilinear": pytorch-fid's convention, half-pixel bilinear resize of x / 255 to 299, 2 x - 1, logits with it.
-    """
+    resize="tf1": TensorFlow 1's resize to 299, (x - 128) / 128, logits without bias, as in ADM's graph.
+    resize="bilinear": half-pixel bilinear resize of x / 255 to 299, 2 x - 1, logits with bias, as in pytorch-fid."""
 
     def __init__(self, resize="tf1"):
         super().__init__()
@@ -186,9 +177,8 @@ class InceptionV3(nn.Module):
             self.add_module(name, Mixed(
                 768, average_pool, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, row), (192, column)],
                 branch7x7dbl=[(c, 1), (c, column), (c, row), (c, column), (192, row)], branch_pool=[(192, 1)]))
-        self.Mixed_7a = Mixed(
-            768, halving_pool, branch3x3=[(192, 1), (320, 3, 2, "valid")],
-            branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3, 2, "valid")], branch_pool=[])
+        self.Mixed_7a = Mixed(768, halving_pool, branch3x3=[(192, 1), (320, 3, 2, "valid")],
+                              branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3, 2, "valid")], branch_pool=[])
         fork = [(384, (1, 3)), (384, (3, 1))]
         # the max pool in 7c alone is the 2015 graph's own oddity
         for name, channels, pool in (("Mixed_7b", 1280, average_pool), ("Mixed_7c", 2048, max_pool)):
@@ -201,8 +191,7 @@ class InceptionV3(nn.Module):
     def forward(self, images):
         """images uint8 [B, 3, H, W] to (pool [B, 2048], spatial [B, 2023], probs [B, 1008]), float32.
 
-        spatial is the first 7 channels of Mixed_6d's 1x1 branch, flattened in the order H, W, C of ADM's mu_s, sigma_s.
-        """
+        spatial: the first 7 channels of Mixed_6d's 1x1 branch, flattened H-W-C, the order of ADM's mu_s, sigma_s."""
         if self.resize == "tf1":
             x = (resize_tf1(images.float(), 299) - 128) / 128
         else:
@@ -218,23 +207,20 @@ class InceptionV3(nn.Module):
 
 
 def load_inception():
-    """InceptionV3("tf1") with the public weights: INCEPTION_WEIGHTS, or INCEPTION_URL fetched once into torch.hub's
-    cache and checked against the hash in its name."""
-    path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name)
+    """InceptionV3("tf1") with INCEPTION_WEIGHTS, or with INCEPTION_URL, fetched once and checked against its hash."""
+    path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
-        if INCEPTION_WEIGHTS is None:
-            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safely = dict(map_location="cpu", weights_only=True)
+        state = (torch.load(path, **safely) if INCEPTION_WEIGHTS else
+                 torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, **safely))
         network = InceptionV3("tf1")
         network.load_state_dict(state)
-    except Exception as error:  # network stack, zip, unpickler and state dict each raise their own; one line serves all
+        return network
+    except Exception as error:  # network, zip, unpickler and state dict each raise their own; one sentence serves all
+        found = "damaged, or of another network" if path.exists() else "no such file, nor could it be fetched"
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        found = "not the FID Inception's weights, or damaged" if path.exists() else "no such file, nor could it be fetched"
-        raise ValueError(f"{path}: {found} ({reason}); put a copy of {INCEPTION_URL} there, or set INCEPTION_WEIGHTS to "
-                         f"the path of one") from error
-    return network
+        raise ValueError(f"{path}: {found} ({reason}); put a copy of {INCEPTION_URL} there, or set "
+                         f"INCEPTION_WEIGHTS to the path of one") from error
 
 
 # ---- images and their statistics
@@ -254,7 +240,7 @@ def open_npz(path):
         stored = {key: np.lib.format.read_array(archive.open(f"{key}.npy"), allow_pickle=False)
                   for key in STORED if f"{key}.npy" in archive.namelist()}
     except MALFORMED as error:
-        raise ValueError(f"{path}: no .npz of images ({error}); write arr_0, uint8 [N, H, W, 3], with numpy.savez") from error
+        raise ValueError(f"{path}: no .npz of images ({error}); write arr_0, uint8 NHWC, with numpy.savez") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or in_columns or not whole:
         raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}{'' if whole else ', cut short'}; write it as uint8 "
                          f"[N, H, W, 3] in C order")
@@ -269,7 +255,6 @@ def open_npz(path):
             except MALFORMED as error:
                 raise ValueError(f"{path}: damaged at image {start} ({error}); write it again") from error
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-
     return shape[0], batches(), stored
 
 
@@ -279,8 +264,8 @@ def open_images(path, constant):
         raise ValueError(f"{path}: no such file or folder; set {constant} to an .npz of images or to a prepared folder")
     if Path(path).is_dir():
         data = PreparedDataset(path)
-        sampler = [batch.numpy() for batch in torch.arange(len(data)).split(BATCH_SIZE)]
-        loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=WORKERS)
+        indices = [batch.numpy() for batch in torch.arange(len(data)).split(BATCH_SIZE)]
+        loader = DataLoader(data, sampler=indices, batch_size=None, num_workers=WORKERS)
         count, batches, stored = len(data), (images for _, _, images in loader), {}
     else:
         count, batches, stored = open_npz(path)
@@ -289,45 +274,32 @@ def open_images(path, constant):
     return count, batches, stored
 
 
-def add_sums(sums, x):
-    """sums (count, sum, outer products), in float64, with the rows of x [B, D] added."""
-    x = x.double()
-    return sums[0] + len(x), sums[1] + x.sum(dim=0), sums[2] + x.T @ x
-
-
-def mean_and_covariance(count, total, products):
-    mean = total / count
-    return mean.cpu().numpy(), ((products - count * torch.outer(mean, mean)) / (count - 1)).cpu().numpy()
-
-
 @torch.no_grad()
 def measure(name, count, batches, features, kept, device):
-    """One pass over all images: their statistics under ADM's names, and `features` of `kept` evenly spaced ones.
+    """One pass over all images: their mean and covariance (N - 1) under ADM's names, and `features` of `kept` of them.
 
-    features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None).
-    """
-    sums, spatial_sums, rows, probs = (0, 0, 0), (0, 0, 0), [], []
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.arange(kept) * count // kept] = True
+    features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None)."""
+    sums, rows, probs = {}, [], []  # sums: of 1, y and y'y, in float64, of each kind of features
+    chosen = torch.arange(kept) * count // kept  # evenly spaced
     with tqdm(total=count, unit="img", desc=name) as bar:
         for batch in batches:
             x, spatial, p = features(batch.to(device))
-            rows.append(x.cpu()[chosen[bar.n : bar.n + len(batch)]])
-            sums = add_sums(sums, x)
-            if spatial is not None:
-                spatial_sums = add_sums(spatial_sums, spatial)
-                probs.append(p.cpu())
+            rows.append(x.cpu()[torch.isin(torch.arange(bar.n, bar.n + len(x)), chosen)])
+            probs += [] if p is None else [p.cpu()]
+            for kind, y in (("", x), ("_s", spatial)):
+                if y is not None:
+                    old, y = sums.get(kind, (0, 0, 0)), y.double()
+                    sums[kind] = old[0] + len(y), old[1] + y.sum(dim=0), old[2] + y.T @ y
             bar.update(len(batch))
-    result = dict(zip(("mu", "sigma"), mean_and_covariance(*sums)), features=torch.cat(rows))
-    if probs:
-        result.update(zip(("mu_s", "sigma_s"), mean_and_covariance(*spatial_sums)), probs=torch.cat(probs))
+    result = dict(features=torch.cat(rows), probs=torch.cat(probs) if probs else None)
+    for kind, (n, total, products) in sums.items():
+        sigma = (products - torch.outer(total, total) / n) / (n - 1)
+        result["mu" + kind], result["sigma" + kind] = (total / n).cpu().numpy(), sigma.cpu().numpy()
     return result
 
 
-def load_features(device):
-    """The callable for measure() that FEATURES names."""
-    if FEATURES == "inception":
-        return load_inception().to(device)
+def network_features(device):
+    """The callable for measure() of the network that FEATURES names."""
     network = teacher.load_network(FEATURES).to(device)
     config = timm.data.resolve_model_data_config(network)
 
@@ -340,38 +312,34 @@ def load_features(device):
 def main():
     count, samples, _ = open_images(SAMPLES, "SAMPLES")
     reference_count, reference, stored = open_images(REFERENCE, "REFERENCE")
+    stored = stored if FEATURES == "inception" else {}
+    kept = min(reference_count, PRECISION_RECALL_IMAGES or reference_count)
     Path(OUT).parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
     torch.backends.cudnn.allow_tf32 = False
-    features = load_features(device)
+    features = load_inception().to(device) if FEATURES == "inception" else network_features(device)
 
-    # one pass over each set
-    kept = min(reference_count, PRECISION_RECALL_IMAGES or reference_count)
-    stored = stored if FEATURES == "inception" else {}
     real = {**measure("reference", reference_count, reference, features, kept, device), **stored}
     fake = measure("samples", count, samples, features, count, device)
 
-    # metrics, and how they were measured
-    distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
     precision, recall = precision_recall(real["features"], fake["features"])
+    distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
     how = dict(features=str(FEATURES), samples=str(SAMPLES), sample_count=count, reference=str(REFERENCE),
                reference_count=reference_count, reference_stored=list(stored), precision_recall_reference_count=kept,
                device=str(device), versions=dict(torch=torch.__version__, timm=timm.__version__))
     if FEATURES == "inception":
-        splits = max(1, round(count / 5000))  # ADM's parts hold 5,000 images
-        score, score_std = inception_score(fake["probs"], splits)
+        how.update(inception_weights=str(INCEPTION_WEIGHTS or INCEPTION_URL),
+                   inception_score_splits=max(1, round(count / 5000)))  # ADM's parts hold 5,000 images
+        score, how["inception_score_std"] = inception_score(fake["probs"], how["inception_score_splits"])
         sfid = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
         label = "FID, sFID, inception score, precision, recall as in ADM's evaluator"
         metrics = dict(fid=distance, sfid=sfid, inception_score=score, precision=precision, recall=recall)
-        how.update(inception_score_std=score_std, inception_score_splits=splits,
-                   inception_weights=str(INCEPTION_WEIGHTS or INCEPTION_URL))
     else:
         label = f"Frechet distance in the features of {FEATURES}"
         metrics = dict(frechet_distance=distance, precision=precision, recall=recall)
     result = dict(label=label, **metrics, **how)
     write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))
-
     print(f"{label}\n  {SAMPLES}: {count:,} images\n  {REFERENCE}: {reference_count:,} images"
           f"{', statistics as stored in it' if stored else ''}; {kept:,} of them for precision and recall")
     print("".join(f"{name:>18}" for name in metrics) + "\n" + "".join(f"{value:>18.4f}" for value in metrics.values()))

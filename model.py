@@ -179,7 +179,7 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.grid = input_size, patch_size, input_size // patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.align_depth, self.teacher_dim = num_classes, align_depth, teacher_dim
-        self.activation_checkpointing = False  # True recomputes each block in the backward pass: less memory, 1/3 slower
+        self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)

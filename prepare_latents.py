@@ -29,12 +29,12 @@ from tqdm import tqdm
 # source
 SOURCE = "data/imagenet/train"  # class-per-folder tree, or a sprite sheet's image file
 SHEET_TILE = 28  # sprite sheet: edge of a tile in pixels
-SHEET_CLASSES = ["T-shirt/top", "trouser", "pullover", "dress", "coat",  # sprite sheet: its classes, in order, each with
-                 "sandal", "shirt", "sneaker", "bag", "ankle boot"]  # the same number of whole rows
+SHEET_CLASSES = ["T-shirt/top", "trouser", "pullover", "dress", "coat",  # sprite sheet: its classes in order, each
+                 "sandal", "shirt", "sneaker", "bag", "ankle boot"]  # with the same number of whole rows
 # result
 DATA_DIR = "data/imagenet256"
 IMAGE_SIZE = 256  # pixels; ADM's centre crop
-VAE = "stabilityai/sd-vae-ft-mse"  # hub name, or a folder or .safetensors file in diffusers' layout; None: pixels, no VAE
+VAE = "stabilityai/sd-vae-ft-mse"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
 # speed
 BATCH_SIZE = 64  # images per call of the VAE
 WORKERS = 8  # processes that decode and crop; 0: none but this one
@@ -205,9 +205,9 @@ def load_vae(name):
             config_file = Path(hf_hub_download(name, "config.json"))
             weights_file = Path(hf_hub_download(name, "diffusion_pytorch_model.safetensors"))
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors; a malformed name is a ValueError
-            raise ValueError(f"VAE {name!r} is no local file or folder and could not be fetched from the Hugging Face hub "
-                             f"({type(error).__name__}); check the name and the connection, or set VAE to a folder with "
-                             f"config.json and diffusion_pytorch_model.safetensors") from error
+            raise ValueError(f"VAE {name!r} is no local file or folder and could not be fetched from the Hugging Face "
+                             f"hub ({type(error).__name__}); check the name and the connection, or set VAE to a folder "
+                             f"with config.json and diffusion_pytorch_model.safetensors") from error
     try:
         config = json.loads(config_file.read_text()) if config_file.exists() else {}
         vae = AutoencoderKL(config.get("block_out_channels", (128, 256, 512, 512)), config.get("latent_channels", 4),
@@ -258,7 +258,7 @@ class ImageTree:
         try:
             with Image.open(self.files[i]) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             raise ValueError(f"{self.files[i]}: unreadable image ({error}); repair or remove it, "
                              f"then run prepare_latents.py again") from error
 
@@ -289,7 +289,7 @@ class SpriteSheet:
 
 
 class Crops:
-    """What the worker processes do: item i is (uint8 pixels [H, W] or [H, W, 3], the same as PNG bytes), or the error."""
+    """What the workers do: item i is (uint8 pixels [H, W] or [H, W, 3], the same as PNG bytes), or the ValueError."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -348,8 +348,11 @@ class PreparedDataset:
         self.latents = np.load(self.path / "latents.npy", mmap_mode="r")
         self.labels = np.load(self.path / "labels.npy")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"{self.path / 'labels.npy'}: labels {self.labels.min()}..{self.labels.max()}, but meta.json "
-                             f"names {len(self.classes)} classes; delete the folder and run prepare_latents.py again")
+            raise ValueError(f"{self.path / 'labels.npy'}: labels {self.labels.min()}..{self.labels.max()}, but "
+                             f"meta.json names {len(self.classes)} classes; delete the folder and run "
+                             f"prepare_latents.py again")
+        moments_per_channel = 1 if self.vae is None else 2
+        self.shape = (self.latents.shape[1] // moments_per_channel, *self.latents.shape[2:])  # of one latent, (C, h, w)
         if with_images:
             self.packed = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r")
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
@@ -392,8 +395,8 @@ def main():
     started = time.time()
     source_path, folder = Path(SOURCE), Path(DATA_DIR)
     if not source_path.exists():
-        raise ValueError(f"{SOURCE}: no such file or folder; set SOURCE to a folder with one folder of images per class, "
-                         f"or to a sprite sheet")
+        raise ValueError(f"{SOURCE}: no such file or folder; set SOURCE to a folder with one folder of images per "
+                         f"class, or to a sprite sheet")
     settings = dict(source=str(SOURCE), image_size=IMAGE_SIZE, vae_name=VAE)
     if (folder / "meta.json").exists():
         finished = PreparedDataset(folder).meta
@@ -452,8 +455,8 @@ def main():
                               pillow=PIL.__version__))
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     seconds = time.time() - started
-    print(f"{folder}: {count:,} images of {len(source.classes)} classes in {seconds:.0f} s ({count / seconds:.0f} images/s)\n"
-          f"  latents {list(shape)} {meta['bytes']['latents.npy'] / 2**20:,.0f} MiB, "
+    print(f"{folder}: {count:,} images of {len(source.classes)} classes in {seconds:.0f} s "
+          f"({count / seconds:.0f} images/s)\n  latents {list(shape)} {meta['bytes']['latents.npy'] / 2**20:,.0f} MiB, "
           f"images {meta['bytes']['images.bin'] / 2**20:,.0f} MiB; ignored {source.ignored} files that are no images")
 
 

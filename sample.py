@@ -56,7 +56,7 @@ def path_coefficients(t, path):
 
 
 def score_from_velocity(velocity, x, t, path):
-    """Score of p(x_t) from the velocity (SiT, arXiv 2401.08740, eq. 9), all float64; t is a 0-dim tensor."""
+    """Score of p(x_t) from the velocity (SiT, arXiv 2401.08740), all float64; t is a 0-dim tensor."""
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
     ratio = alpha / d_alpha
     return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
@@ -78,9 +78,10 @@ def guided_velocity(velocity, x, t, y, null, cfg_scale, dtype):
 def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear"):
     """Follows the probability-flow ODE from noise (t = 1) to data (t = 0) in equal Euler or Heun steps.
 
-    velocity: callable (x, t [B], y) -> v, called in noise's dtype. noise [B, C, H, W]; y [B] class ids; null: the id that
-    means "no label". Guidance acts for t in the interval, ends included; Heun decides for both its calls by the step's
-    first time, and its last step is plain Euler (EDM's convention, as in REPA). Returns float64 latents [B, C, H, W].
+    velocity: callable (x, t [B], y) -> v, called in noise's dtype. noise [B, C, H, W]; y [B] class ids; null: the id
+    that means "no label". Guidance acts for t in the interval, ends included; Heun decides for both its calls by the
+    step's first time, and its last step is plain Euler (EDM's convention, as in REPA). Returns
+    float64 latents [B, C, H, W].
     """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     x = noise.double()
@@ -130,7 +131,8 @@ class IndexedNoise:
         return self.draw(x.shape[1:]).to(x)
 
 
-def to_bytes(latents, vae=None, scale=1.0):
+@torch.no_grad()
+def to_bytes(latents, vae=None, scale=None):
     """Latents [B, C, h, w] (without a VAE: pixels in -1..1) to uint8 [B, 3, H, W], truncated as in ADM's evaluation."""
     x = latents.float()
     if vae is not None:
@@ -141,7 +143,8 @@ def to_bytes(latents, vae=None, scale=1.0):
 def save_grid(images, columns, path):
     """Writes uint8 [N, 3, H, W] row by row as one PNG, N a multiple of columns."""
     n, c, h, w = images.shape
-    grid = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(n // columns * h, columns * w, c)
+    grid = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)  # [rows, H, columns, W, 3]
+    grid = grid.reshape(n // columns * h, columns * w, c)
     write_atomically(path, lambda file: Image.fromarray(grid.cpu().numpy()).save(file, "PNG"))
 
 
@@ -192,7 +195,7 @@ def main():
     if CFG_SCALE != 1 and len(model.y_embedder.embedding_table.weight) == model.num_classes:
         raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae_meta, vae, scale = settings["data"]["vae"], None, 1.0
+    vae_meta, vae, scale = settings["data"]["vae"], None, None
     if vae_meta is not None:
         vae, scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
     model.to(device)
@@ -220,8 +223,7 @@ def main():
                 latents = sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
             else:
                 latents = sample_ode(velocity, x, y, heun=HEUN, **options)
-            with torch.no_grad():
-                images = to_bytes(latents, vae, scale).cpu()
+            images = to_bytes(latents, vae, scale).cpu()
             if NUM_SAMPLES:
                 if drawn is None:
                     drawn = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (NUM_SAMPLES, *images.shape[2:], 3))

@@ -70,8 +70,9 @@ def load_network(name, pretrained=True):
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
     except Exception as error:  # the hub, the network stack and timm each raise their own; the user's remedy is one
-        raise ValueError(f"the weights of {name!r} could not be fetched ({type(error).__name__}); check the connection, "
-                         f"or fetch them where there is one and copy the Hugging Face cache (HF_HOME)") from error
+        raise ValueError(f"the weights of {name!r} could not be fetched ({type(error).__name__}); check the "
+                         f"connection, or fetch them where there is one and copy the Hugging Face cache "
+                         f"(HF_HOME)") from error
 
 
 def attention_with_logits(attn, x):

@@ -48,12 +48,12 @@ PATH = "linear"  # interpolant: "linear" or "cosine"
 LABEL_DROPOUT = 0.1  # probability of training on "no label", for classifier-free guidance
 # phase I: alignment with the teacher
 TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a .safetensors file written by teacher.py
-LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) attention layers, 0-based; B/2: [(2, 7), (3, 9), (4, 11)]
+LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) layers, 0-based; B/2: (2, 7) (3, 9) (4, 11)
 ALIGN_DEPTH = 8  # blocks before the tokens whose features are aligned; B/2: 5
 FEATURE_WEIGHT = 0.5
 ATTENTION_WEIGHT = 0.5  # 0: REPA
 ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
-TRIGGER = "steps"  # phase I ends at ALIGN_STEPS ("steps"), or when the losses' gradients come into conflict ("conflict")
+TRIGGER = "steps"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
 CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
 CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what
 CONFLICT_BELOW = -0.05  # "conflict": phase II starts when their mean cosine falls below this
@@ -78,7 +78,8 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MODEL", "PATH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH")
+FROZEN = ("SEED", "MODEL", "PATH", "LABEL_DROPOUT", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
+          "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "images_per_s",
            "gradient_cosine", "skipped")
 
@@ -96,8 +97,8 @@ def interpolate(x, noise, t, path="linear"):
 def attention_loss(student_logits, teacher_logits):
     """Cross-entropy of the student's attention rows against the teacher's: mean over rows, heads, batch, layer pairs.
 
-    Lists of pre-softmax logits [B, heads, N, N], one per pair. With unequal head counts the first min(Hs, Ht) are paired.
-    HASTE, eq. 5; computed in float32, as log-sum-exp(s) - sum(p s), which needs no N x N log-softmax.
+    Lists of pre-softmax logits [B, heads, N, N], one per pair. Of unequal head counts the first min(Hs, Ht) are paired.
+    HASTE, arXiv 2505.16792; computed in float32, as log-sum-exp(s) - sum(p s), which needs no N x N log-softmax.
     """
     losses = []
     for s, p in zip(student_logits, teacher_logits, strict=True):
@@ -111,16 +112,17 @@ def attention_loss(student_logits, teacher_logits):
 
 
 def feature_loss(student_tokens, teacher_tokens):
-    """Minus the cosine similarity of tokens [B, N, D], mean over tokens and batch (REPA, arXiv 2410.06940, eq. 8)."""
+    """Minus the cosine similarity of tokens [B, N, D], mean over tokens and batch (REPA, arXiv 2410.06940)."""
     if student_tokens.shape != teacher_tokens.shape:
-        raise ValueError(f"student features {list(student_tokens.shape)} and teacher tokens {list(teacher_tokens.shape)} "
-                         f"do not match; run the teacher at the student's grid times its patch size")
+        raise ValueError(f"student features {list(student_tokens.shape)} and teacher tokens "
+                         f"{list(teacher_tokens.shape)} do not match; run the teacher at the student's grid times its "
+                         f"patch size")
     student, teacher = F.normalize(student_tokens.float(), dim=-1), F.normalize(teacher_tokens.float(), dim=-1)
     return -(student * teacher).sum(dim=-1).mean()
 
 
 def compute_losses(student, teacher, x, noise, t, y, images):
-    """(denoising, feature, attention) loss of a batch; without a teacher (phase II, plain SiT) the last two are zero."""
+    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
         velocity, _, _ = student(x_t, t, y)
@@ -284,20 +286,18 @@ def open_tracker(run, settings):
 
 def check_settings(data, world):
     """Raises ValueError for settings that could only fail later."""
-    if MODEL not in MODELS:
-        raise ValueError(f"unknown model {MODEL!r}; choose one of {', '.join(MODELS)}")
-    if PATH not in ("linear", "cosine"):
-        raise ValueError(f"unknown PATH {PATH!r}; choose 'linear' or 'cosine'")
-    if TRIGGER not in ("steps", "conflict"):
-        raise ValueError(f"unknown TRIGGER {TRIGGER!r}; choose 'steps' or 'conflict'")
-    if TRACKER not in (None, "tensorboard", "wandb"):
-        raise ValueError(f"unknown TRACKER {TRACKER!r}; choose 'tensorboard', 'wandb' or None")
+    for name, value, choices in (("MODEL", MODEL, MODELS), ("PATH", PATH, ("linear", "cosine")),
+                                 ("TRIGGER", TRIGGER, ("steps", "conflict")),
+                                 ("TRACKER", TRACKER, (None, "tensorboard", "wandb"))):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, choices))}")
     if TRACKER and importlib.util.find_spec(TRACKER) is None:
-        raise ValueError(f"TRACKER {TRACKER!r}: that package is not installed; pip install {TRACKER}, or set it to None")
+        raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
     if BATCH_SIZE % (world * MICRO_BATCHES):
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} is no multiple of {world} processes times MICRO_BATCHES {MICRO_BATCHES}")
-    if len(data) < 1:
-        raise ValueError(f"{DATA_DIR}: the data set is empty")
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} is no multiple of {world} processes times MICRO_BATCHES "
+                         f"{MICRO_BATCHES}")
+    if TRIGGER == "conflict" and not CONFLICT_EVERY:
+        raise ValueError("TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
     outside = [s for s, _ in LAYER_PAIRS if not 0 <= s < MODELS[MODEL]["depth"]]
     if ALIGN_STEPS and ATTENTION_WEIGHT and (outside or not LAYER_PAIRS):
         raise ValueError(f"LAYER_PAIRS {LAYER_PAIRS}: the student layers must lie in 0..{MODELS[MODEL]['depth'] - 1}; "
@@ -322,8 +322,7 @@ def gradient_cosine(model, teacher, data, rank, world, device, autocast):
         gradients = torch.zeros(2, sum(p.numel() for p in block), device=device)
         for part in np.array_split(chosen, -(-len(chosen) // max(1, BATCH_SIZE // world // MICRO_BATCHES))):
             moments, labels, images = (tensor.to(device) for tensor in data[part])
-            shape = (moments.shape[1] // (1 if data.vae is None else 2), *moments.shape[2:])
-            noise = sample.IndexedNoise(sample.seed_from(SEED, 2), part).draw((2, *shape)).to(device)
+            noise = sample.IndexedNoise(sample.seed_from(SEED, 2), part).draw((2, *data.shape)).to(device)
             x = sample_latents(moments, noise[:, 0], data.vae)
             with autocast():
                 denoising, feature, attention = compute_losses(
@@ -342,20 +341,19 @@ def gradient_cosine(model, teacher, data, rank, world, device, autocast):
 def save_preview(path, model, ema, vae, data, device, autocast):
     """Grid of EMA samples, always from the same noise so that previews can be compared: rows are classes."""
     rows, columns = min(PREVIEW_GRID[0], len(data.classes)), PREVIEW_GRID[1]
-    noise = sample.IndexedNoise(SEED, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
+    noise = sample.IndexedNoise(SEED, range(rows * columns)).draw(data.shape)
     y = torch.linspace(0, len(data.classes) - 1, rows).round().long().repeat_interleave(columns)
 
     def velocity(x, t, y):
         with autocast():
             return functional_call(model, ema, (x, t, y))[0]
 
-    latents = torch.cat([sample.sample_ode(velocity, x.to(device), y.to(device), steps=PREVIEW_STEPS,
-                                           null=model.num_classes, path=PATH)
-                         for x, y in zip(noise.split(columns), y.split(columns))])
-    with torch.no_grad():
-        images = torch.cat([sample.to_bytes(part, vae, 1.0 if vae is None else data.vae["scale"])
-                            for part in latents.split(columns)])
-    sample.save_grid(images, columns, path)
+    images = []
+    for row_noise, row_y in zip(noise.split(columns), y.split(columns)):
+        latents = sample.sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=PREVIEW_STEPS,
+                                    null=model.num_classes, path=PATH)
+        images.append(sample.to_bytes(latents, vae, data.vae and data.vae["scale"]))
+    sample.save_grid(torch.cat(images), columns, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,8 +364,9 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -376,11 +375,10 @@ def main():
     # data: phase II never opens the images
     data = PreparedDataset(DATA_DIR, with_images=False)
     check_settings(data, world)
-    channels, size = data.meta["latent_shape"][0] // (1 if data.vae is None else 2), data.meta["latent_shape"][1]
 
     # teacher, if this run starts with phase I: at the student's grid, whatever the size of the images
     aligned = ALIGN_STEPS > 0 and (FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0)
-    sit = dict(MODELS[MODEL], input_size=size, in_channels=channels, num_classes=len(data.classes),
+    sit = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], num_classes=len(data.classes),
                class_dropout_prob=LABEL_DROPOUT, align_depth=ALIGN_DEPTH, teacher_dim=None)
     settings = current_settings(data, sit)
     run = Path(RUN_DIR)
@@ -394,7 +392,7 @@ def main():
         network = load_network(TEACHER)
         patch = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else 1
         teacher_layers = [layer for _, layer in LAYER_PAIRS] if ATTENTION_WEIGHT else []
-        teacher = Teacher(network, teacher_layers, input_size=size // sit["patch_size"] * patch).to(device)
+        teacher = Teacher(network, teacher_layers, input_size=data.shape[1] // sit["patch_size"] * patch).to(device)
     vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
@@ -472,7 +470,8 @@ def main():
 
     while step < STEPS:
         # the switch: teacher, projector and images go for good
-        if aligning and (step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)):
+        conflict = TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW
+        if aligning and (step >= ALIGN_STEPS or conflict):
             aligning, teacher = False, None
             optimizer = drop_projector(model, optimizer)
             torch.compiler.reset()
@@ -487,7 +486,7 @@ def main():
         moments, labels, images = next(batches)
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images = images.to(device, non_blocking=True) if aligning else None  # uint8 [B, 3, H, W]
-        posterior_noise, noise, t, drop = draw_noise(step, (channels, size, size), rank, world, device)
+        posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
         y = torch.where(drop < LABEL_DROPOUT, model.num_classes, labels)
 

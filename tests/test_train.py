@@ -368,7 +368,7 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
 
 @pytest.mark.parametrize("constants, message", [
     (dict(DATA_DIR="/nowhere"), "/nowhere: no such folder; set DATA_DIR to a prepared data set"),
-    (dict(MODEL="SiT-XXL/2"), "unknown model 'SiT-XXL/2'; choose one of"),
+    (dict(MODEL="SiT-XXL/2"), "unknown MODEL 'SiT-XXL/2'; choose one of SiT-S/2"),
     (dict(MODEL="SiT-S/8"), "input_size 28 is no multiple of patch_size 8; choose a model whose patch divides it"),
     (dict(PATH="straight"), "unknown PATH 'straight'"),
     (dict(TRIGGER="moon"), "unknown TRIGGER 'moon'"),
@@ -379,6 +379,7 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
     (dict(TEACHER="absent.safetensors"), "absent.safetensors: no such file"),
     (dict(TEACHER="resnet18"), "'resnet18' could not be fetched"),
     (dict(TRACKER="abacus"), "unknown TRACKER 'abacus'"),
+    (dict(TRIGGER="conflict"), "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY"),
 ])
 def test_bad_settings_are_refused_before_the_run_folder_is_touched(small_run, constants, message):
     run = small_run(**constants)
