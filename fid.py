@@ -8,6 +8,8 @@ https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagen
 """
 
 import json
+import os
+import sys
 import zipfile
 import zlib
 from functools import partial
@@ -265,7 +267,7 @@ def open_images(path, constant):
     if Path(path).is_dir():
         data = PreparedDataset(path)
         indices = [batch.numpy() for batch in torch.arange(len(data)).split(BATCH_SIZE)]
-        loader = DataLoader(data, sampler=indices, batch_size=None, num_workers=WORKERS)
+        loader = DataLoader(data, sampler=indices, batch_size=None, num_workers=min(WORKERS, os.cpu_count()))
         count, batches, stored = len(data), (images for _, _, images in loader), {}
     else:
         count, batches, stored = open_npz(path)
@@ -347,4 +349,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # bad input: its one line says what, where and the remedy
+        sys.exit(f"fid.py: {error}")

@@ -423,7 +423,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, (count, *shape))
     lengths = []
-    loader = DataLoader(Crops(source, IMAGE_SIZE), BATCH_SIZE, num_workers=WORKERS, collate_fn=list)
+    loader = DataLoader(Crops(source, IMAGE_SIZE), BATCH_SIZE, num_workers=min(WORKERS, os.cpu_count()),
+                        collate_fn=list)
     with open(folder / "images.bin", "wb") as packed, tqdm(total=count, unit="img", desc=folder.name) as bar:
         for batch in loader:
             for item in batch:

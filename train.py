@@ -159,8 +159,8 @@ def batch_indices(step, count, rank, world):
 def open_batches(data, first, last, rank, world):
     """Iterator over this rank's (moments, labels, images or None) for the steps first..last - 1."""
     order = (batch_indices(step, len(data), rank, world) for step in range(first, last))
-    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=WORKERS, worker_init_fn=ignore_signals,
-                           pin_memory=torch.cuda.is_available()))
+    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
+                           worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))
 
 
 def ignore_signals(_):
@@ -429,6 +429,8 @@ def main():
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "previews").mkdir(exist_ok=True)
+        for unfinished in run.rglob("*.tmp*"):  # what a killed run was writing
+            unfinished.unlink()
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
         truncate_log(run / "log.csv", step)

@@ -256,11 +256,11 @@ def test_a_malformed_file_is_refused_before_the_weights_are_read(configure, tmp_
     assert str(tmp_path / "bad.npz") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_and_a_truncated_file_are_refused(configure, tmp_path):
+def test_a_missing_and_a_truncated_file_are_refused(configure, teacher_file, tmp_path):
     configure(SAMPLES=str(tmp_path / "absent.npz"))
     with pytest.raises(ValueError, match="absent.npz: no such file or folder; set SAMPLES to"):
         fid.main()
-    configure()
+    configure(FEATURES=str(teacher_file))
     whole = Path(fid.SAMPLES).read_bytes()
     Path(fid.SAMPLES).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="samples.npz: no .npz of images"):

@@ -434,7 +434,7 @@ def test_other_settings_or_data_are_refused_on_resume(small_run, data_dir, tmp_p
 
 
 def test_scripts_end_bad_input_with_one_line(tmp_path):
-    for script in ("train.py", "prepare_latents.py", "teacher.py", "sample.py"):  # the constants' data is not there
+    for script in ("train.py", "prepare_latents.py", "teacher.py", "sample.py", "fid.py"):  # the constants' data is not there
         ended = subprocess.run([sys.executable, str(ROOT / script)], cwd=tmp_path, text=True, capture_output=True)
         assert ended.returncode == 1 and ended.stderr.startswith(f"{script}: "), ended.stderr
         assert ended.stderr.count("\n") == 1 and "no such" in ended.stderr
