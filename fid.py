@@ -212,9 +212,11 @@ def load_inception():
     """InceptionV3("tf1") with INCEPTION_WEIGHTS, or with INCEPTION_URL, fetched once and checked against its hash."""
     path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
-        safely = dict(map_location="cpu", weights_only=True)
-        state = (torch.load(path, **safely) if INCEPTION_WEIGHTS else
-                 torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, **safely))
+        if INCEPTION_WEIGHTS:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
         network = InceptionV3("tf1")
         network.load_state_dict(state)
         return network
@@ -338,7 +340,7 @@ def main():
         label = "FID, sFID, inception score, precision, recall as in ADM's evaluator"
         metrics = dict(fid=distance, sfid=sfid, inception_score=score, precision=precision, recall=recall)
     else:
-        label = f"Frechet distance in the features of {FEATURES}"
+        label = f"Frechet distance in the features of {Path(FEATURES).name}"
         metrics = dict(frechet_distance=distance, precision=precision, recall=recall)
     result = dict(label=label, **metrics, **how)
     write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))

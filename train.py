@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -257,18 +258,11 @@ def load_checkpoint(run, settings):
 
 
 def truncate_log(path, step):
-    """Starts log.csv, or drops the rows after `step`, which a resumed run writes again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) <= step]
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomically(path, write)
+    """Starts log.csv, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step]
+    text = "".join(",".join(row) + "\n" for row in (COLUMNS, *kept))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def open_tracker(run, settings):
@@ -314,7 +308,7 @@ def gradient_cosine(model, teacher, data, rank, world, device, autocast):
     HASTE's measure of when the teacher starts to hinder: over the first CONFLICT_IMAGES images of an order of its own,
     at each time in CONFLICT_TIMES. Deterministic, the same for any number of GPUs.
     """
-    block = [p for p in model.blocks[ALIGN_DEPTH - 1].parameters()]
+    block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
     count = min(CONFLICT_IMAGES, len(data))
     chosen = np.array_split(permutation(SEED, 2**31, len(data))[:count], world)[rank]
     cosines = []
@@ -329,9 +323,8 @@ def gradient_cosine(model, teacher, data, rank, world, device, autocast):
                     model, teacher, x, noise[:, 1], torch.full((len(part),), t, device=device), labels, images)
             alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
             for row, loss in enumerate((denoising, alignment)):
-                parts = torch.autograd.grad(loss * len(part), block, retain_graph=row == 0, allow_unused=True)
-                gradients[row] += torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
-                                             for p, g in zip(block, parts)])
+                gradients[row] += parameters_to_vector(torch.autograd.grad(
+                    loss * len(part), block, retain_graph=row == 0, materialize_grads=True))
         if world > 1:
             dist.all_reduce(gradients)
         cosines.append(F.cosine_similarity(gradients[0], gradients[1], dim=0))
@@ -530,7 +523,7 @@ def main():
             log(f"step {step:,}: gradient cosine {cosine:+.3f} between denoising and alignment loss")
             clock += time.perf_counter() - paused
 
-        if step % LOG_EVERY == 0 or step == STEPS:
+        if step % LOG_EVERY == 0 or step == STEPS or (aligning and step == ALIGN_STEPS):
             if world > 1:
                 dist.all_reduce(meters[:3], op=dist.ReduceOp.SUM)
                 meters[:3] /= world
@@ -545,7 +538,7 @@ def main():
             logged_step, clock = step, now
             if rank == 0:
                 with open(run / "log.csv", "a", newline="") as file:
-                    csv.DictWriter(file, COLUMNS).writerow(row)
+                    csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
                 track(step, {key: value for key, value in row.items() if value is not None})
                 bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
                                     f"{row['images_per_s']:.0f} img/s")

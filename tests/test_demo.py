@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+import timm
+import torch
 from conftest import ROOT, set_constants
 from PIL import Image
 
@@ -59,8 +61,8 @@ def test_demo_as_a_new_user_runs_it(tmp_path):
     metrics = json.loads((tmp_path / "out/demo/metrics.json").read_text())
     images = np.load(tmp_path / "out/demo/samples.npz")["arr_0"]
     network = teacher.load_network(ROOT / "data/judge.safetensors")
-    config = __import__("timm").data.resolve_model_data_config(network)
-    x = teacher.preprocess(__import__("torch").from_numpy(images).permute(0, 3, 1, 2), config["mean"], config["std"], 28)
+    config = timm.data.resolve_model_data_config(network)
+    x = teacher.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2), config["mean"], config["std"], 28)
     recognised = (network(x).argmax(1).numpy() == np.arange(len(images)) % 10).mean()
     assert recognised > 0.8, "the samples are clothes of the class asked for"
     assert metrics["distance"] < 10 * metrics["distance_of_real_images"] + 10

@@ -91,6 +91,14 @@ def assert_same_state(a, b, path="state"):
         assert a == b, path
 
 
+def assert_close_models(a, b):
+    """Equal but for rounding. Adam turns the rounding of a gradient near zero into a step of the learning rate, so single
+    weights may differ; eight steps move the whole by several per cent."""
+    assert a.keys() == b.keys()
+    a, b = (torch.cat([value.flatten() for value in state.values()]) for state in (a, b))
+    assert (a - b).norm() < 1e-3 * a.norm()
+
+
 def test_run_through_both_phases(small_run, capsys):
     run = small_run(PREVIEW_EVERY=6, PREVIEW_STEPS=2, WORKERS=2)
     train.main()
@@ -246,8 +254,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(small_run, tmp_path)
         run = small_run(RUN_DIR=str(tmp_path / str(parts)), MICRO_BATCHES=parts, STEPS=8, CHECKPOINT_EVERY=8)
         train.main()
         states.append(final_state(run, 8)["model"])
-    for key in states[0]:
-        torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=2e-4)  # 8 steps of 1e-3 at most
+    assert_close_models(*states)
 
 
 def test_activation_checkpointing_and_cosine_path_run(small_run, tmp_path):
@@ -284,10 +291,7 @@ def test_two_processes_train_like_one(run_process, tmp_path):
                       CONFLICT_IMAGES=10)
     assert one.returncode == 0 and two.returncode == 0, two.stderr
     assert two.stdout.count("phase II, plain SiT") == 1  # rank 0 speaks
-    a, b = final_state(tmp_path / "one", 8), final_state(tmp_path / "two", 8)
-    assert a["model"].keys() == b["model"].keys()
-    for key in a["model"]:
-        torch.testing.assert_close(a["model"][key], b["model"][key], rtol=0, atol=2e-4)
+    assert_close_models(final_state(tmp_path / "one", 8)["model"], final_state(tmp_path / "two", 8)["model"])
     for x, y in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         for key in ("denoising_loss", "feature_loss", "attention_loss", "grad_norm"):
             assert float(x[key]) == pytest.approx(float(y[key]), rel=1e-3)
