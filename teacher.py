@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
-# training of a small network: what made data/teacher.safetensors
+# training of a small network: the first of the two passes that made data/teacher.safetensors (see experiments/)
 DATA_DIR = "data/fashion_mnist_60000"  # prepared data set with labels
 TEST_DIR = "data/fashion_mnist_10000"  # prepared data set to report the accuracy on; None: none
 OUT = "data/teacher.safetensors"
@@ -32,6 +32,9 @@ EPOCHS = 12
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
+MIRROR = False  # show each image mirrored with probability 0.5
+SHIFT = 0  # move each batch by up to so many pixels
+START_FROM = None  # a file that main() wrote, to train on from its weights
 SEED = 0
 
 
@@ -157,6 +160,8 @@ def main():
     torch.manual_seed(SEED)
     size, num_classes = data.meta["image_size"], len(data.classes)
     network = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=num_classes, **ARCHITECTURE_SETTINGS)
+    if START_FROM is not None:
+        network.load_state_dict(load_network(START_FROM).state_dict())
     network.to(device)
     sample = data.images(range(0, len(data), max(1, len(data) // 2000))).float() / 255
     mean, std = sample.mean(dim=(0, 2, 3)).tolist(), sample.std(dim=(0, 2, 3)).tolist()
@@ -169,7 +174,12 @@ def main():
     network.train()
     with tqdm(loader, desc=Path(OUT).stem) as bar:
         for step, (_, labels, images) in enumerate(bar):
-            loss = F.cross_entropy(network(preprocess(images.to(device), mean, std, size)), labels.to(device))
+            top, left = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
+            images = F.pad(images, [SHIFT] * 4)[:, :, top : top + size, left : left + size]
+            x = preprocess(images.to(device), mean, std, size)
+            if MIRROR:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            loss = F.cross_entropy(network(x), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -188,7 +198,7 @@ def main():
         accuracy = right / len(test)
     header = dict(architecture=ARCHITECTURE, settings=ARCHITECTURE_SETTINGS, num_classes=num_classes,
                   input=dict(mean=mean, std=std, input_size=(3, size, size)), classes=data.classes, accuracy=accuracy,
-                  trained_on=data.meta["source"], images=len(data), epochs=EPOCHS, seed=SEED)
+                  trained_on=data.meta["source"], images=len(data), epochs=EPOCHS, seed=SEED, started_from=START_FROM)
     temporary = f"{OUT}.tmp{os.getpid()}"
     save_file({key: value.half().cpu() if value.is_floating_point() else value.cpu()
                for key, value in network.state_dict().items()}, temporary, metadata=dict(network=json.dumps(header)))
