@@ -30,14 +30,14 @@ def settings():
     train.DATA_DIR, train.RUN_DIR, train.WORKERS = f"{OUT}/data", f"{OUT}/run", 0
     train.MODEL, train.TEACHER = "SiT-T/4", str(HERE / "teacher.safetensors")
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
-    train.ALIGN_STEPS, train.STEPS, train.BATCH_SIZE = 600, 1600, 32
+    train.ALIGN_STEPS, train.STEPS, train.BATCH_SIZE = 450, 1200, 32
     train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 1e-3, 0.995, False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.PREVIEW_EVERY = 50, 400, 800
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.PREVIEW_EVERY = 50, 400, 600
     train.PREVIEW_GRID, train.PREVIEW_STEPS = (10, 4), 20
-    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 200, 200, 128
+    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 200, 200, 64
 
     sample.RUN_DIR, sample.OUT, sample.NUM_SAMPLES, sample.BATCH_SIZE = f"{OUT}/run", OUT, 1000, 100
-    sample.MODE, sample.STEPS, sample.HEUN, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, False, 1.5, (0.2, 0.8)
+    sample.MODE, sample.STEPS, sample.HEUN, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, False, 1.5, (0.3, 0.7)
 
     fid.SAMPLES, fid.REFERENCE, fid.OUT = f"{OUT}/samples.npz", f"{OUT}/data", f"{OUT}/distance_samples.json"
     fid.FEATURES, fid.BATCH_SIZE, fid.WORKERS = str(HERE / "judge.safetensors"), 250, 0

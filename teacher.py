@@ -33,7 +33,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
 MIRROR = False  # show each image mirrored with probability 0.5
-SHIFT = 0  # move each batch by up to so many pixels
+LABEL_SMOOTHING = 0.0
 START_FROM = None  # a file that main() wrote, to train on from its weights
 SEED = 0
 
@@ -174,12 +174,10 @@ def main():
     network.train()
     with tqdm(loader, desc=Path(OUT).stem) as bar:
         for step, (_, labels, images) in enumerate(bar):
-            top, left = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
-            images = F.pad(images, [SHIFT] * 4)[:, :, top : top + size, left : left + size]
             x = preprocess(images.to(device), mean, std, size)
             if MIRROR:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            loss = F.cross_entropy(network(x), labels.to(device))
+            loss = F.cross_entropy(network(x), labels.to(device), label_smoothing=LABEL_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
