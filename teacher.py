@@ -33,7 +33,6 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
 MIRROR = False  # show each image mirrored with probability 0.5
-LABEL_SMOOTHING = 0.0
 START_FROM = None  # a file that main() wrote, to train on from its weights
 SEED = 0
 
@@ -177,7 +176,7 @@ def main():
             x = preprocess(images.to(device), mean, std, size)
             if MIRROR:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            loss = F.cross_entropy(network(x), labels.to(device), label_smoothing=LABEL_SMOOTHING)
+            loss = F.cross_entropy(network(x), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
