@@ -25,10 +25,10 @@ CUDA = torch.cuda.is_available()
 MODEL, ALIGN_DEPTH, LAYER_PAIRS = ("SiT-XL/2", 8, [(4, 8), (5, 9), (6, 10), (7, 11)]) if CUDA else \
     ("SiT-B/2", 5, [(2, 7), (3, 9), (4, 11)])
 TEACHER = "vit_base_patch14_dinov2.lvd142m"
-BATCH_SIZE = 64 if CUDA else 8
+BATCH_SIZE = 64 if CUDA else 4
 IMAGE_SIZE = 256
-ROUNDS = 30 if CUDA else 6  # of one step of each kind in turn
-WARMUP = 5 if CUDA else 2  # rounds that do not count
+ROUNDS = 30 if CUDA else 4  # of one step of each kind in turn
+WARMUP = 5 if CUDA else 1  # rounds that do not count
 COMPILE = CUDA
 KINDS = ("plain SiT", "phase I", "phase II")
 
