@@ -215,7 +215,7 @@ def test_main_measures_in_a_networks_features_and_does_not_call_it_fid(configure
     out = configure(FEATURES=str(teacher_file), REFERENCE=str(data_dir))
     result = fid.main()
     assert json.loads(out.read_text()) == result
-    assert result["label"] == f"Frechet distance in the features of {teacher_file}"
+    assert result["label"] == f"Frechet distance in the features of {teacher_file.name}"
     assert result["frechet_distance"] > 0 and "fid" not in result and result["reference_count"] == 200
 
 
