@@ -47,12 +47,6 @@ def set_constants(patch, module, **constants):
 
 
 @pytest.fixture(scope="session")
-def session_patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """200 real images, 20 of each class, prepared in pixel mode."""
     folder = tmp_path_factory.mktemp("data")

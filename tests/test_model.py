@@ -16,8 +16,8 @@ class ShapeRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.shapes.update(tuple(o.shape) for o in (out if isinstance(out, (tuple, list)) else (out,))
-                           if isinstance(out, (tuple, list)) or torch.is_tensor(o) if torch.is_tensor(o))
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        self.shapes.update(tuple(o.shape) for o in outputs if torch.is_tensor(o))
         return out
 
 
