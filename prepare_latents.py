@@ -1,23 +1,37 @@
 """Turns images into a prepared data set: VAE latents to train on, the images for the teacher, the labels.
 
-    python prepare_latents.py                      # ImageNet: SOURCE into DATA_DIR, with the constants below
-    prepare_latents.SOURCE = ...; prepare_latents.main()      # anything else, from a Python file of yours
+    python prepare_latents.py                               # ImageNet: SOURCE into DATA_DIR, with the constants below
+    torchrun --nproc_per_node=8 prepare_latents.py          # on eight GPUs
+    prepare_latents.SOURCE = ...; prepare_latents.main()    # anything else, from a Python file of yours
 
-SOURCE is a folder with one folder of images per class, or a sprite sheet: one image of square tiles, sorted by class.
+SOURCE is told apart by what it is: a folder with one folder of images per class; a zip or an uncompressed tar of such
+a tree; a tar of one tar per class (ILSVRC2012_img_train.tar), read in place; the folder that REPA's and HASTE's
+preprocessing wrote; or a sprite sheet, one image of square tiles, sorted by class.
+
 A prepared folder is a few large files that memory-map (see PreparedDataset); meta.json is written last, so a folder
-without it is unfinished.
+without it is unfinished, and the same command goes on where it stopped.
 """
 
 import io
 import json
+import math
 import os
+import shutil
+import signal
+import struct
 import sys
+import tarfile
 import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
@@ -27,20 +41,29 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # source
-SOURCE = "data/imagenet/train"  # class-per-folder tree, or a sprite sheet's image file
+SOURCE = "data/imagenet/train"  # what to prepare: see above
 SHEET_TILE = 28  # sprite sheet: edge of a tile in pixels
 SHEET_CLASSES = ["T-shirt/top", "trouser", "pullover", "dress", "coat",  # sprite sheet: its classes in order, each
                  "sandal", "shirt", "sneaker", "bag", "ankle boot"]  # with the same number of whole rows
+LEAVE_OUT_UNREADABLE = False  # True: finish without the images that cannot be read, once they are listed
 # result
 DATA_DIR = "data/imagenet256"
 IMAGE_SIZE = 256  # pixels; ADM's centre crop
 VAE = "stabilityai/sd-vae-ft-mse"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
+VAE_PRECISION = "float32"  # or "bf16": see README for what it does to the moments
+MIRROR = False  # store the latents of the mirrored images too, for train.MIRROR
 # speed
 BATCH_SIZE = 64  # images per call of the VAE
-WORKERS = 8  # processes that decode and crop; 0: none but this one
+WORKERS = 16  # processes per GPU that decode, crop and pack; 0: none but this one
+COMPILE = True  # torch.compile the VAE's encoder
+CHUNK = 1024  # images that are written together: what a killed run has to do again, per process
+# check
+CHECK = False  # True: compare a finished DATA_DIR with its checksums, prepare nothing
+CHECK_IMAGES = 256  # images that are encoded again
+CHECK_TOLERANCE = 0.02  # root mean square of the difference from their latents, by that of the latents
 
 FORMAT = 1  # of the prepared folder
-FILES = ("latents.npy", "images.bin", "image_offsets.npy", "labels.npy")
+SD_SCALE = 0.18215  # by which latents of Stable Diffusion's VAEs are multiplied
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +240,7 @@ def load_vae(name):
         reason = str(error).splitlines()[0]
         raise ValueError(f"{weights_file}: not the weights of a diffusers AutoencoderKL ({reason}); "
                          f"fetch the file again") from error
-    return vae.eval().requires_grad_(False), config.get("scaling_factor", 0.18215)
+    return vae.eval().requires_grad_(False), config.get("scaling_factor", SD_SCALE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,76 +258,244 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class ImageTree:
-    """Folder of class folders; class ids follow the sorted folder names. Item i is an RGB PIL image."""
+def list_folder(root):
+    """(path relative to root, 0, 0, False) of every file below root; links are followed."""
+    for folder, _, files in os.walk(root, followlinks=True):
+        for name in files:
+            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"), 0, 0, False
+
+
+def list_tar(file):
+    """(name, first byte, bytes, False) of every file in a tar; a tar inside it counts as a folder of its own name."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep a kilobyte for each
+            if not member.isreg():
+                continue
+            if member.name.endswith(".tar"):
+                for name, start, size, _ in list_tar(tar.extractfile(member)):
+                    yield f"{member.name[:-4]}/{name}", member.offset_data + start, size, False
+            else:
+                yield member.name, member.offset_data, member.size, False
+        file.seek(tar.offset)
+        if file.read(512) != bytes(512):  # tarfile takes a header cut short for the end
+            raise tarfile.ReadError("it ends too early")
+
+
+def list_zip(file):
+    """(name, first byte of its header, bytes, whether deflated) of every file in a zip."""
+    for info in zipfile.ZipFile(file).infolist():
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{info.filename} is encrypted or packed in an unusual way; unpack the zip")
+        if not info.is_dir():
+            yield info.filename, info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED
+
+
+def to_rgb(image):
+    """Any PIL image as RGB, upright. 16 bits become 8 by dropping the low ones (Pillow alone would clip at 255)."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class ImageFiles:
+    """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar of one tar per class (ImageNet as it
+    downloads). Archives are read in place. Class ids follow the sorted folder names. Item i is an RGB PIL image.
+
+    Raises ValueError for a source without images or an archive that cannot be read.
+    """
 
     mode = "RGB"
 
     def __init__(self, root):
-        self.classes = sorted(entry.name for entry in Path(root).iterdir() if entry.is_dir())
-        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        self.files, self.labels, self.ignored = [], [], 0
-        for label, name in enumerate(self.classes):
-            for path in sorted(p for p in Path(root, name).rglob("*") if p.is_file()):
-                if path.suffix.lower() in readable:
-                    self.files.append(str(path))
-                    self.labels.append(label)
-                else:
-                    self.ignored += 1
-        if not self.files:
+        self.root, self.is_folder, self.is_zip = Path(root), Path(root).is_dir(), False
+        try:
+            if self.is_folder:
+                found = list(list_folder(root))
+            else:
+                with open(root, "rb") as file:
+                    self.is_zip = zipfile.is_zipfile(file)
+                    file.seek(0)
+                    found = list(list_zip(file) if self.is_zip else list_tar(file))
+        except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{root}: cannot be listed ({error}); SOURCE must be a folder, a zip or an uncompressed, "
+                             f"complete tar") from error
+
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        images, self.ignored, self.unclassed = [], 0, 0
+        for name, *place in found:
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+            if hidden or os.path.splitext(name)[1].lower() not in suffixes:
+                self.ignored += 1
+            else:
+                images.append((parts, name, *place))
+        if not self.is_folder:  # an archive may hold the tree's root too: drop folders that all images share
+            while images and all(len(parts) > 2 and parts[0] == images[0][0][0] for parts, *_ in images):
+                images = [(parts[1:], *rest) for parts, *rest in images]
+        self.unclassed = sum(len(parts) < 2 for parts, *_ in images)
+        images = sorted(image for image in images if len(image[0]) > 1)
+        if not images:
             raise ValueError(f"{root}: no images found; SOURCE must hold one folder of images per class")
+        classes = {parts[0] for parts, *_ in images}
+        if self.is_folder:  # a class without images still has its number
+            classes |= {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
+        self.classes = sorted(classes)
+        number = {name: label for label, name in enumerate(self.classes)}
+        # arrays, not lists: worker processes share them without copies
+        self.labels = np.array([number[parts[0]] for parts, *_ in images])
+        self.names = np.array([os.fsencode(name) for _, name, *_ in images])
+        self.starts, self.sizes, self.deflated = (np.array(column) for column in list(zip(*images))[2:])
+        self.fingerprint = zlib.crc32(self.names.tobytes() + self.starts.tobytes() + self.sizes.tobytes())
+
+    def name(self, i):
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def read(self, i):
+        """The file's bytes."""
+        if self.is_folder:
+            return Path(self.name(i)).read_bytes()
+        with open(self.root, "rb") as file:
+            file.seek(self.starts[i])
+            if self.is_zip:  # a header of 30 bytes that ends with the lengths of the two fields between it and the data
+                file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)
+            content = file.read(self.sizes[i])
+            return zlib.decompress(content, -zlib.MAX_WBITS) if self.deflated[i] else content
 
     def __getitem__(self, i):
         try:
-            with Image.open(self.files[i]) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            raise ValueError(f"{self.files[i]}: unreadable image ({error}); repair or remove it, "
-                             f"then run prepare_latents.py again") from error
+            with Image.open(io.BytesIO(self.read(i))) as image:
+                return to_rgb(image)
+        # what Pillow raises for files that are damaged or of other kinds, beside what reading does
+        except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an address in memory
+            raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
 
 
 class SpriteSheet:
     """One image of SHEET_TILE-sized tiles; each class has the same number of whole rows. Item i is a PIL image."""
 
-    ignored = 0
+    ignored = unclassed = 0
 
     def __init__(self, path):
         try:
             sheet = Image.open(path)
             sheet.load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path}: unreadable image ({error}); SOURCE must be a sprite sheet "
+            raise ValueError(f"{path}: unreadable image ({error}); SOURCE must be a sprite sheet, an archive, "
                              f"or a folder with one folder of images per class") from error
-        self.sheet = sheet if sheet.mode == "L" else sheet.convert("RGB")
+        self.path, self.sheet = path, sheet if sheet.mode == "L" else sheet.convert("RGB")
         self.mode, self.classes = self.sheet.mode, list(SHEET_CLASSES)
         self.columns, rows = sheet.width // SHEET_TILE, sheet.height // SHEET_TILE
         if sheet.width % SHEET_TILE or sheet.height % SHEET_TILE or rows % len(self.classes):
             raise ValueError(f"{path}: {sheet.width} x {sheet.height} pixels are not whole rows of {SHEET_TILE}-pixel "
                              f"tiles, equally many for {len(self.classes)} classes; set SHEET_TILE and SHEET_CLASSES")
         self.labels = np.repeat(np.arange(len(self.classes)), rows // len(self.classes) * self.columns)
+        self.fingerprint = zlib.crc32(self.sheet.tobytes())
+
+    def name(self, i):
+        return f"{self.path}, tile {i}"
 
     def __getitem__(self, i):
         left, top = i % self.columns * SHEET_TILE, i // self.columns * SHEET_TILE
         return self.sheet.crop((left, top, left + SHEET_TILE, top + SHEET_TILE))
 
 
-class Crops:
-    """What the workers do: item i is (uint8 pixels [H, W] or [H, W, 3], the same as PNG bytes), or the ValueError."""
+class PublishedLatents:
+    """What REPA's and HASTE's preprocessing wrote: images/, vae-sd/ with moments (mean, std) as .npy, and the labels in
+    vae-sd/dataset.json. Images and moments are paired in sorted order, as their loader does.
 
-    def __init__(self, source, size):
-        self.source, self.size = source, size
+    Item i is an RGB PIL image, moments(i) its float16 [2C, h, w]. Raises ValueError where the three do not fit.
+    """
 
-    def __len__(self):
-        return len(self.source.labels)
+    mode, unclassed = "RGB", 0
+
+    def __init__(self, root):
+        self.root = Path(root)
+        files = {part: sorted(name for name, *_ in list_folder(self.root / part) if name != "dataset.json")
+                 for part in ("images", "vae-sd")}
+        self.features = [name for name in files["vae-sd"] if name.endswith(".npy")]
+        images = [name for name in files["images"] if name.lower().endswith(".png")]
+        self.ignored = len(files["images"]) + len(files["vae-sd"]) - len(images) - len(self.features)
+        if len(images) != len(self.features) or not images:
+            raise ValueError(f"{root}: {len(images)} images in images/ but {len(self.features)} latents in vae-sd/; "
+                             f"fetch or make the missing ones")
+        try:
+            labels = dict(json.loads((self.root / "vae-sd/dataset.json").read_text())["labels"])
+            self.labels = np.array([int(labels[name]) for name in self.features])
+            self.shape = np.load(self.root / "vae-sd" / self.features[0]).shape
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{root}/vae-sd: no label for every latent, or an unreadable one ({error!r}); fetch or make "
+                             f"dataset.json and the .npy files again") from error
+        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        self.images, self.features = np.array(images), np.array(self.features)
+        self.fingerprint = zlib.crc32(self.images.tobytes() + self.features.tobytes() + self.labels.tobytes())
+
+    def name(self, i):
+        return str(self.root / "images" / self.images[i])
 
     def __getitem__(self, i):
         try:
-            image = center_crop(self.source[i], self.size)
-        except ValueError as error:
-            return error
-        file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)  # decoding speed does not depend on the level, writing speed does
-        return np.asarray(image), file.getvalue()
+            with Image.open(self.name(i)) as image:
+                return to_rgb(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"unreadable image ({error})") from error
+
+    def moments(self, i):
+        try:
+            moments = np.load(self.root / "vae-sd" / self.features[i])
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"unreadable latents {self.features[i]} ({error})") from error
+        if moments.shape != self.shape:
+            raise ValueError(f"latents {self.features[i]} of shape {moments.shape}, not {self.shape}")
+        return moments.astype(np.float16)
+
+
+def open_source(path):
+    """The source at `path`, told apart by what it is. Raises ValueError if it is none."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; set SOURCE to a folder with one folder of images per class, "
+                         f"a tar or zip of one, or a sprite sheet")
+    if (path / "vae-sd").is_dir():
+        return PublishedLatents(path)
+    if path.is_dir() or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        return ImageFiles(path)
+    return SpriteSheet(path)
+
+
+def pack(image):
+    """The image's file in images.bin: lossless WebP, a third of PNG's time to write and half of its time to read."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", lossless=True, method=0, quality=0)
+    return file.getvalue()
+
+
+class Crops:
+    """What the workers do: `crops[indices]` is a batch, (tensor, packed images, reasons).
+
+    tensor: uint8 pixels [B, C, H, W], or the moments float16 [B, 2C, h, w] of a source that brings them. An image that
+    cannot be read is zeros, packed to no bytes, and its reason stands in {index: reason}.
+    """
+
+    def __init__(self, source, size, moments_shape):
+        self.source, self.size, self.moments_shape = source, size, moments_shape
+
+    def __getitem__(self, indices):
+        pixels = np.zeros((len(indices), self.size, self.size, len(self.source.mode)), np.uint8)
+        brought = hasattr(self.source, "moments")
+        moments = np.zeros((len(indices), *self.moments_shape), np.float16) if brought else None
+        packed, reasons = [b""] * len(indices), {}
+        for row, i in enumerate(indices):
+            try:
+                image = center_crop(self.source[i], self.size)
+                if brought:
+                    moments[row] = self.source.moments(i)
+                pixels[row] = np.asarray(image).reshape(pixels.shape[1:])
+                packed[row] = pack(image)
+            except ValueError as error:
+                reasons[int(i)] = str(error)
+        return torch.from_numpy(moments if brought else pixels.transpose(0, 3, 1, 2)), packed, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,11 +506,13 @@ class PreparedDataset:
     """Reads a folder written by main(). `dataset[indices]` is a batch: (moments, labels, images or None).
 
     latents.npy        float16 [N, 2C, h, w]: posterior mean and std; without a VAE [N, C, H, W]: the pixels in -1..1
-    images.bin         PNG files end to end; image_offsets.npy int64 [N + 1]: where each begins and ends
+    latents_mirrored.npy  the same of the mirrored images, if prepared with MIRROR
+    images.bin         lossless WebP files end to end; image_offsets.npy int64 [N + 1]: where each begins and ends
     labels.npy         int64 [N]
-    meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes of each file
+    meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes and checksums of the files
 
-    Large files are memory-mapped, never copied to memory. With `with_images=False` the images' files are not opened.
+    Index i + N is image i mirrored left to right (`can_mirror`). Large files are memory-mapped, never copied to memory.
+    With `with_images=False` the images' files are not opened.
     Raises ValueError where the folder is missing, unfinished or damaged.
     """
 
@@ -330,7 +523,8 @@ class PreparedDataset:
             raise ValueError(f"{path}: no such folder; set DATA_DIR to a prepared data set, or make one with "
                              f"prepare_latents.py")
         if not meta_file.exists():
-            raise ValueError(f"{path}: no meta.json, so this is not a finished data set; run prepare_latents.py again")
+            raise ValueError(f"{path}: no meta.json, so this is not a finished data set; run prepare_latents.py again, "
+                             f"it goes on where it stopped")
         try:
             self.meta = json.loads(meta_file.read_text())
             expected_bytes, self.vae, self.classes = self.meta["bytes"], self.meta["vae"], self.meta["classes"]
@@ -340,10 +534,10 @@ class PreparedDataset:
         if self.meta["format"] != FORMAT:
             raise ValueError(f"{meta_file}: format {self.meta['format']}, this version reads {FORMAT}; "
                              f"delete the folder and run prepare_latents.py again")
-        for name in FILES if with_images else ("latents.npy", "labels.npy"):
+        for name, expected in expected_bytes.items():
             found = (self.path / name).stat().st_size if (self.path / name).exists() else 0
-            if found != expected_bytes[name]:
-                raise ValueError(f"{self.path / name}: {found} bytes, meta.json says {expected_bytes[name]}; "
+            if found != expected and (with_images or not name.startswith("image")):
+                raise ValueError(f"{self.path / name}: {found} bytes, meta.json says {expected}; "
                                  f"delete the folder and run prepare_latents.py again")
         self.latents = np.load(self.path / "latents.npy", mmap_mode="r")
         self.labels = np.load(self.path / "labels.npy")
@@ -353,6 +547,12 @@ class PreparedDataset:
                              f"prepare_latents.py again")
         moments_per_channel = 1 if self.vae is None else 2
         self.shape = (self.latents.shape[1] // moments_per_channel, *self.latents.shape[2:])  # of one latent, (C, h, w)
+        if self.vae is None:
+            self.mirrored = self.latents[..., ::-1]
+        elif "latents_mirrored.npy" in expected_bytes:
+            self.mirrored = np.load(self.path / "latents_mirrored.npy", mmap_mode="r")
+        else:
+            self.mirrored = None
         if with_images:
             self.packed = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r")
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
@@ -363,23 +563,29 @@ class PreparedDataset:
     def __reduce__(self):  # a worker process opens the files itself; pickling a memory map would copy the data set
         return PreparedDataset, (self.path, self.with_images)
 
-    def images(self, indices):
-        """uint8 [B, 3, H, W]; grayscale images are repeated over the channels."""
-        return torch.from_numpy(np.stack([self.decode(i) for i in indices])).permute(0, 3, 1, 2).contiguous()
-
-    def decode(self, i):
-        """One image as uint8 [H, W, 3]."""
-        png = self.packed[self.offsets[i] : self.offsets[i + 1]].tobytes()
-        try:
-            return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.path / 'images.bin'}: image {i} is damaged ({error}); "
-                             f"delete the folder and run prepare_latents.py again") from error
+    def images(self, rows):
+        """uint8 [B, 3, H, W] (channels last in memory); grayscale images are repeated over the channels."""
+        size = self.meta["image_size"]
+        pixels = np.empty((len(rows), size, size, 3), np.uint8)
+        for i, row in enumerate(rows):
+            file = io.BytesIO(self.packed[self.offsets[row] : self.offsets[row + 1]])
+            try:
+                pixels[i] = Image.open(file).convert("RGB")
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"{self.path / 'images.bin'}: image {row} is damaged ({error}); "
+                                 f"delete the folder and run prepare_latents.py again") from error
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def __getitem__(self, indices):
-        moments = torch.from_numpy(self.latents[indices])
-        labels = torch.from_numpy(self.labels[indices])
-        return moments, labels, self.images(indices) if self.with_images else None
+        indices = np.asarray(indices)
+        flip, rows = indices >= len(self), indices % len(self)
+        moments, labels = torch.from_numpy(self.latents[rows]), torch.from_numpy(self.labels[rows])
+        images = self.images(rows) if self.with_images else None
+        if flip.any():
+            moments[flip] = torch.from_numpy(self.mirrored[rows[flip]])
+            if images is not None:
+                images[flip] = images[flip].flip(-1)
+        return moments, labels, images
 
 
 def write_atomically(path, write):
@@ -391,74 +597,289 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def main():
-    started = time.time()
-    source_path, folder = Path(SOURCE), Path(DATA_DIR)
-    if not source_path.exists():
-        raise ValueError(f"{SOURCE}: no such file or folder; set SOURCE to a folder with one folder of images per "
-                         f"class, or to a sprite sheet")
-    settings = dict(source=str(SOURCE), image_size=IMAGE_SIZE, vae_name=VAE)
-    if (folder / "meta.json").exists():
-        finished = PreparedDataset(folder).meta
-        differing = [f"{key} {finished[key]!r}, now {settings[key]!r}" for key in settings
-                     if finished[key] != settings[key]]
-        if differing:
-            raise ValueError(f"{folder}: finished with other settings ({'; '.join(differing)}); "
-                             f"choose another DATA_DIR or delete the folder")
-        print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
+def ignore_signals(_):
+    """For loaders' processes: Ctrl-C reaches them too, but only their parent reacts, and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def refuse_other(folder, state, found, wanted):
+    """Raises ValueError that names what differs between a folder's settings and this run's."""
+    differing = [f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
+                         f"set them back, choose another DATA_DIR or delete the folder")
+
+
+def reserve(path, shape):
+    """A float16 .npy of zeros with its space on the disk: a memory map that runs out of disk kills the process."""
+    np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+
+
+def check_space(folder, crops, count, latents_bytes):
+    """Raises ValueError unless the disk has room for `latents_bytes` and `count` more packed images, by a sample."""
+    total = len(crops.source.labels)
+    _, packed, _ = crops[np.unique(np.linspace(0, total - 1, 32).astype(int))]
+    sizes = [len(file) for file in packed if file] or [0]
+    needed = latents_bytes + int(1.1 * count * sum(sizes) / len(sizes))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: needs {needed:,} bytes, {free:,} are free; make room or choose another DATA_DIR")
+
+
+def write_chunk(folder, number, first, moments, packed, reasons):
+    """Writes a chunk's latents into their rows from `first` on and its packed images into a file of their own, then,
+    atomically, the record that makes both count. `moments`: for each latents file the tensors of the chunk's batches."""
+    kept = np.array([len(file) > 0 for file in packed])
+    checksums = {}
+    for name, tensors in moments.items():
+        rows = np.load(folder / name, mmap_mode="r+")[first : first + len(kept)]
+        rows[:] = torch.cat(tensors).cpu().numpy()
+        rows.flush()
+        checksums[name] = zlib.crc32(rows[kept])
+    with open(folder / f"unfinished/{number:06d}.bin", "wb") as file:
+        file.writelines(packed)
+        file.flush()
+        os.fsync(file.fileno())
+    checksums["images.bin"] = zlib.crc32(b"".join(packed))
+    record = dict(lengths=[len(file) for file in packed], reasons=reasons, checksums=checksums)
+    write_atomically(folder / f"unfinished/{number:06d}.json", lambda path: path.write_text(json.dumps(record)))
+
+
+def move_parts(folder, first_bytes, rank, world):
+    """Moves the chunks' packed images to their places in images.bin. A part that is gone was moved before a kill."""
+    with open(folder / "images.bin", "r+b") as images:
+        for number in range(rank, len(first_bytes), world):
+            part = folder / f"unfinished/{number:06d}.bin"
+            if part.exists():
+                images.seek(first_bytes[number])
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, images, 2**24)
+                images.flush()
+                os.fsync(images.fileno())
+                part.unlink()
+
+
+def drop_rows(path, kept):
+    """Leaves only the kept rows [N] in a .npy file, unless a run before this one has done it."""
+    rows, chosen = np.load(path, mmap_mode="r"), np.flatnonzero(kept)
+    if len(rows) == len(chosen):
         return
 
-    source = ImageTree(source_path) if source_path.is_dir() else SpriteSheet(source_path)
-    count, device = len(source.labels), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def write(temporary):
+        shorter = np.lib.format.open_memmap(temporary, "w+", rows.dtype, (len(chosen), *rows.shape[1:]))
+        for first in range(0, len(chosen), CHUNK):
+            shorter[first : first + CHUNK] = rows[chosen[first : first + CHUNK]]
+        shorter.flush()
+    write_atomically(path, write)
+
+
+def check(folder):
+    """Compares a finished folder with its checksums, and CHECK_IMAGES of its images, encoded again, with its latents.
+
+    Raises ValueError that names the file and the images where they differ.
+    """
+    data = PreparedDataset(folder)
+    remedy = "delete the folder and run prepare_latents.py again"
+    first = 0
+    for count, checksums in tqdm(data.meta["chunks"], desc=f"{folder}: checksums", unit="chunk"):
+        last = first + count
+        contents = {"latents.npy": data.latents[first:last], "labels.npy": data.labels[first:last],
+                    "images.bin": data.packed[data.offsets[first] : data.offsets[last]]}
+        if "latents_mirrored.npy" in checksums:
+            contents["latents_mirrored.npy"] = data.mirrored[first:last]
+        for name, content in contents.items():
+            if zlib.crc32(np.ascontiguousarray(content)) != checksums[name]:
+                raise ValueError(f"{folder / name}: damaged somewhere in images {first}..{last - 1}; {remedy}")
+        first = last
+    rows = np.unique(np.linspace(0, len(data) - 1, CHECK_IMAGES).astype(int))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = None if data.vae is None else load_vae(data.vae["name"])[0].to(device)
+    worst = 0
+    for some in np.array_split(rows, -(-len(rows) // BATCH_SIZE)):
+        stored, _, images = data[some]
+        again = encode(images[:, : 3 if vae else len(data.meta["image_mode"])], vae, device)
+        error = (again.cpu().float() - stored.float()).square().mean(dim=(1, 2, 3)).sqrt()
+        error /= stored.float().square().mean(dim=(1, 2, 3)).sqrt()
+        worst = max(worst, error.max().item())
+        if worst > CHECK_TOLERANCE:
+            raise ValueError(f"{folder / 'latents.npy'}: image {some[error.argmax()]}, encoded again, differs by "
+                             f"{worst:.1%}; these latents belong to other images or another VAE: {remedy}")
+    print(f"{folder}: {len(data):,} images are what was written; {len(rows)} of them, encoded again, differ by at most "
+          f"{worst:.2%} (root mean square)")
+
+
+@torch.no_grad()
+def encode(pixels, vae, device):
+    """uint8 [B, C, H, W] to what latents.npy stores, float16 on the device: moments [B, 2C, h, w]; without a VAE the
+    pixels in -1..1."""
+    x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
+    if vae is None:
+        return x.half()
+    x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=VAE_PRECISION == "bf16"):
+        return torch.cat(vae.encode(x), dim=1).half()
+
+
+def main():
+    started = time.time()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = Path(DATA_DIR)
+    unfinished = folder / "unfinished"
+    if VAE_PRECISION not in ("float32", "bf16"):
+        raise ValueError(f"unknown VAE_PRECISION {VAE_PRECISION!r}; choose float32 or bf16")
+    if CHECK:
+        return check(folder)
+    settings = dict(source=str(SOURCE), image_size=IMAGE_SIZE, vae_name=VAE, mirror=MIRROR,
+                    vae_precision=VAE_PRECISION if VAE else None)
+    if (folder / "meta.json").exists():
+        finished = PreparedDataset(folder).meta
+        refuse_other(folder, "finished", finished, settings)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if rank == 0:
+            print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
+        return
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only for barriers, also between GPUs
+    wait_for_all = dist.barrier if world > 1 else lambda: None
+
+    # source, VAE, and the folder that they make, or began to make
+    source = open_source(Path(SOURCE))
+    count, brought = len(source.labels), isinstance(source, PublishedLatents)
+    device, vae = torch.device("cpu"), None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # float32 convolutions and products may use TF32
     if VAE is None:
-        vae, vae_meta, shape = None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
+        vae_meta, shape = None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
+    elif brought:
+        vae_meta, shape = dict(name=VAE, scale=SD_SCALE), source.shape
+        if MIRROR or source[0].size != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"{SOURCE}: brings latents of images of {source[0].size} pixels, not mirrored; set "
+                             f"IMAGE_SIZE to their size and MIRROR to False")
     else:
         vae, scale = load_vae(VAE)
-        vae, vae_meta = vae.to(device), dict(name=VAE, scale=scale)
+        vae, vae_meta = vae.to(device, memory_format=torch.channels_last), dict(name=VAE, scale=scale)
         factor = 2 ** (len(vae.encoder.down_blocks) - 1)
         if IMAGE_SIZE % factor:
             raise ValueError(f"IMAGE_SIZE {IMAGE_SIZE} is no multiple of {factor}, the VAE's reduction")
         shape = (vae.quant_conv.out_channels, IMAGE_SIZE // factor, IMAGE_SIZE // factor)
+        vae.encode = torch.compile(vae.encode) if COMPILE else vae.encode
+    latents_files = ["latents.npy"] + ["latents_mirrored.npy"] * (MIRROR and vae is not None)
+    crops = Crops(source, IMAGE_SIZE, shape)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, (count, *shape))
-    lengths = []
-    loader = DataLoader(Crops(source, IMAGE_SIZE), BATCH_SIZE, num_workers=min(WORKERS, os.cpu_count()),
-                        collate_fn=list)
-    with open(folder / "images.bin", "wb") as packed, tqdm(total=count, unit="img", desc=folder.name) as bar:
-        for batch in loader:
-            for item in batch:
-                if isinstance(item, ValueError):
-                    raise item
-            pixels = torch.from_numpy(np.stack([pixels for pixels, _ in batch])).to(device)
-            pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-            pixels = pixels.float() / 127.5 - 1  # [B, C, H, W] in -1..1
-            if vae is None:
-                moments = pixels
-            else:
-                with torch.no_grad():
-                    moments = torch.cat(vae.encode(pixels.expand(-1, 3, -1, -1)), dim=1)
-            done = len(lengths)
-            latents[done : done + len(batch)] = moments.half().cpu().numpy()
-            for _, png in batch:
-                packed.write(png)
-                lengths.append(len(png))
-            bar.update(len(batch))
-        packed.flush()
-        os.fsync(packed.fileno())
-    latents.flush()
-    np.save(folder / "image_offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    np.save(folder / "labels.npy", np.asarray(source.labels, dtype=np.int64))
+    # what is done: chunks with a record; one with unreadable images is tried again, until the parts are being moved
+    plan = dict(settings, images=count, names_checksum=source.fingerprint, chunk=CHUNK)
+    plan_file, moving_file = unfinished / "plan.json", unfinished / "moving"
+    resuming, moving = plan_file.exists(), moving_file.exists()
+    if resuming:
+        refuse_other(folder, "begun", json.loads(plan_file.read_text()), plan)
+    first_rows = range(0, count, CHUNK)
+    records = [unfinished / f"{number:06d}.json" for number in range(len(first_rows))]
 
-    meta = dict(format=FORMAT, count=count, **settings, vae=vae_meta, latent_shape=shape, image_mode=source.mode,
-                classes=source.classes, bytes={name: (folder / name).stat().st_size for name in FILES},
+    def is_done(record):
+        return record.exists() and (moving or LEAVE_OUT_UNREADABLE or not json.loads(record.read_text())["reasons"])
+
+    missing = [number for number, record in enumerate(records) if not is_done(record)]
+    batches = [(number, np.arange(first, min(first + BATCH_SIZE, first_rows[number] + CHUNK, count)))
+               for number in missing[rank::world]
+               for first in range(first_rows[number], min(first_rows[number] + CHUNK, count), BATCH_SIZE)]
+    missing_images = sum(min(CHUNK, count - first_rows[number]) for number in missing)
+    wait_for_all()
+    if rank == 0:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp*"):  # what a killed run was writing
+            leftover.unlink()
+        row_bytes = 2 * math.prod(shape) * len(latents_files)
+        check_space(folder, crops, missing_images, 0 if resuming else count * row_bytes)
+        if not resuming:
+            for name in latents_files:
+                reserve(folder / name, (count, *shape))
+            write_atomically(plan_file, lambda path: path.write_text(json.dumps(plan)))
+    wait_for_all()
+
+    # decode, crop and pack in worker processes; encode here; write in a thread, so that nothing waits for the disk
+    loader = DataLoader(crops, sampler=[indices for _, indices in batches], batch_size=None,
+                        num_workers=min(WORKERS, os.cpu_count()), worker_init_fn=ignore_signals,
+                        pin_memory=device.type == "cuda")
+    moments, packed, reasons = {name: [] for name in latents_files}, [], {}
+    with ThreadPoolExecutor(1) as writer, \
+            tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
+        writing = None
+        for (number, indices), (tensor, files, failed) in zip(batches, loader):
+            if len(tensor) < BATCH_SIZE and COMPILE:  # the compiled VAE knows one shape
+                tensor = F.pad(tensor, (0, 0) * 3 + (0, BATCH_SIZE - len(tensor)))
+            for name in latents_files:
+                pixels = tensor if name == "latents.npy" else tensor.flip(-1)
+                moments[name].append(tensor if brought else encode(pixels, vae, device)[: len(files)])
+            packed += files
+            reasons.update({source.name(i): reason for i, reason in failed.items()})
+            if indices[-1] + 1 in (first_rows[number] + CHUNK, count):
+                if writing is not None:
+                    writing.result()  # raises what the thread raised
+                writing = writer.submit(write_chunk, folder, number, first_rows[number], moments, packed, reasons)
+                moments, packed, reasons = {name: [] for name in latents_files}, [], {}
+            bar.update(min(len(files) * world, bar.total - bar.n))
+        if writing is not None:
+            writing.result()
+    wait_for_all()
+
+    # images that could not be read
+    contents = [json.loads(record.read_text()) for record in records]
+    reasons = {name: reason for content in contents for name, reason in content["reasons"].items()}
+    lengths = np.concatenate([content["lengths"] for content in contents])
+    kept = lengths > 0
+    unreadable = folder / "unreadable.txt"
+    if rank == 0:
+        unreadable.unlink(missing_ok=True)
+        if reasons:
+            unreadable.write_text("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
+    wait_for_all()
+    if reasons and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
+        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read, unreadable.txt there lists "
+                         f"them; the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = True")
+
+    # packed images to their places in images.bin; from here on, what is left out stays left out
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    if rank == 0:
+        moving_file.touch()
+        with open(folder / "images.bin", "ab") as file:
+            file.truncate(ends[-1])
+    wait_for_all()
+    move_parts(folder, ends[first_rows], rank, world)
+    wait_for_all()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    for name in latents_files:
+        drop_rows(folder / name, kept)
+    np.save(folder / "image_offsets.npy", np.concatenate([[0], ends[1:][kept]]))
+    np.save(folder / "labels.npy", source.labels[kept].astype(np.int64))
+
+    # meta.json, which makes it a data set
+    chunks = [(int(kept[first : first + CHUNK].sum()),
+               dict(content["checksums"], **{"labels.npy": zlib.crc32(source.labels[first : first + CHUNK][kept[first : first + CHUNK]])}))
+              for first, content in zip(first_rows, contents)]
+    names = (*latents_files, "images.bin", "image_offsets.npy", "labels.npy")
+    meta = dict(format=FORMAT, count=int(kept.sum()), **settings, vae=vae_meta, latent_shape=shape,
+                image_mode=source.mode, classes=source.classes,
+                bytes={name: (folder / name).stat().st_size for name in names},
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
-                              pillow=PIL.__version__))
+                              pillow=PIL.__version__), chunks=chunks)
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+    shutil.rmtree(unfinished)
     seconds = time.time() - started
-    print(f"{folder}: {count:,} images of {len(source.classes)} classes in {seconds:.0f} s "
-          f"({count / seconds:.0f} images/s)\n  latents {list(shape)} {meta['bytes']['latents.npy'] / 2**20:,.0f} MiB, "
-          f"images {meta['bytes']['images.bin'] / 2**20:,.0f} MiB; ignored {source.ignored} files that are no images")
+    print(f"{folder}: {meta['count']:,} images of {len(source.classes)} classes, {missing_images:,} of them in these "
+          f"{seconds:.0f} s ({missing_images / seconds:.0f} images/s)\n"
+          f"  latents {list(shape)} {meta['bytes']['latents.npy'] * len(latents_files) / 2**20:,.0f} MiB, "
+          f"images {meta['bytes']['images.bin'] / 2**20:,.0f} MiB\n"
+          f"  left out: {len(reasons)} unreadable images, {source.unclassed} images outside class folders; "
+          f"ignored {source.ignored} files that are no images")
 
 
 if __name__ == "__main__":
@@ -466,3 +887,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:  # bad input: its one line says what, where and the remedy
         sys.exit(f"prepare_latents.py: {error}")
+    except OSError as error:  # the disk is full, or gone
+        sys.exit(f"prepare_latents.py: {error}; what is done is kept, the same command goes on")

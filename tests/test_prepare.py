@@ -1,8 +1,18 @@
 """The SD-VAE's numbers, the crop, preparing trees and sheets, and what PreparedDataset refuses."""
 
+import gzip
 import io
 import json
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,21 +175,42 @@ def test_finished_folder_is_left_alone(tree, prepare, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_is_named(tree, prepare, workers):
+def test_unreadable_images_are_listed_and_the_rest_is_kept(tree, prepare, workers, capsys):
     broken = tree / "n02/0.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"n02/0\.png: unreadable image .*; repair or remove it"):
-        prepare(SOURCE=str(tree), WORKERS=workers)
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    with pytest.raises(ValueError, match=r"1 of 5 images could not be read, unreadable\.txt there lists them.* Repair them "
+                                         r"and run again, or set LEAVE_OUT_UNREADABLE = True"):
+        prepare(SOURCE=str(tree), WORKERS=workers, CHUNK=2)
+    folder = tree.parent / "out"
+    assert re.fullmatch(r".*/n02/0\.png: unreadable image \(.*\)\n", (folder / "unreadable.txt").read_text())
     with pytest.raises(ValueError, match="no meta.json, so this is not a finished data set"):
-        PreparedDataset(tree.parent / "out")
-    broken.unlink()
-    assert len(prepare(SOURCE=str(tree))) == 4
+        PreparedDataset(folder)
+    broken.write_bytes(whole)
+    capsys.readouterr()
+    data = prepare(SOURCE=str(tree), WORKERS=workers, CHUNK=2)
+    assert "5 images of 2 classes, 2 of them in these" in capsys.readouterr().out  # only the chunk that had it
+    assert len(data) == 5 and not (folder / "unreadable.txt").exists() and not (folder / "unfinished").exists()
+
+
+def test_unreadable_images_are_left_out_when_allowed(tree, prepare, vae_folder, capsys):
+    whole = prepare(SOURCE=str(tree), CHUNK=2, VAE=str(vae_folder[0]), MIRROR=True, DATA_DIR=str(tree.parent / "whole"))
+    (tree / "n01/2.JPEG").write_bytes(b"no image")
+    data = prepare(SOURCE=str(tree), CHUNK=2, VAE=str(vae_folder[0]), MIRROR=True, LEAVE_OUT_UNREADABLE=True)
+    assert "left out: 1 unreadable images" in capsys.readouterr().out
+    rows = [i for i, name in enumerate(["n01/0.png", "n01/2.JPEG", "n01/deep/1.png", "n02/0.png", "n02/deep/1.png"])
+            if name != "n01/2.JPEG"]
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    for indices, wanted in ((np.arange(4), np.array(rows)), (np.arange(4) + 4, np.array(rows) + 5)):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(data[indices], whole[wanted]))
+    prepare(CHECK=True)
+    assert "4 images are what was written; 4 of them, encoded again, differ by at most 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("constants, message", [
     (dict(SOURCE="/nowhere"), "/nowhere: no such file or folder; set SOURCE"),
     (dict(SOURCE=str(ROOT / "tests/golden")), "no images found; SOURCE must hold one folder of images per class"),
-    (dict(SOURCE=str(ROOT / "LICENSE")), "LICENSE: unreadable image .* SOURCE must be a sprite sheet"),
+    (dict(SOURCE=str(ROOT / "LICENSE")), "LICENSE: unreadable image .* SOURCE must be a sprite sheet, an archive"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SHEET_TILE=27), "not whole rows of 27-pixel"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), VAE="no-such/vae"), "VAE 'no-such/vae' is no local file"),
 ])
@@ -235,7 +266,294 @@ def test_a_worker_opens_the_files_itself(data_dir):
     assert torch.equal(pickle.loads(pickle.dumps(data))[np.array([5])][2], data[np.array([5])][2])
 
 
-def test_packed_images_are_png(data_dir):
+def test_packed_images_are_lossless_webp(data_dir):
     data = PreparedDataset(data_dir)
-    first = data.packed[: data.offsets[1]].tobytes()
-    assert Image.open(io.BytesIO(first)).format == "PNG" and data.offsets[-1] == len(data.packed)
+    first = Image.open(io.BytesIO(data.packed[: data.offsets[1]]))
+    assert first.format == "WEBP" and data.offsets[-1] == len(data.packed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources of all kinds
+
+
+def photograph(rng, width, height):
+    """Smooth colours with fine noise, RGB."""
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noise = rng.integers(-8, 9, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Three classes of 20 photographs each, JPEGs and PNGs of mixed sizes."""
+    root, rng = tmp_path_factory.mktemp("photographs") / "train", np.random.default_rng(1)
+    for name in ("n03", "n01", "n02"):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            image = photograph(rng, *rng.integers(30, 140, 2))
+            image.save(root / name / (f"{name}_{i}.JPEG" if i % 2 else f"{name}_{i}.png"))
+    return root
+
+
+def contents(folder):
+    """{file: bytes} of a prepared folder; of meta.json what does not name the source."""
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    meta = json.loads(files.pop("meta.json"))
+    meta.pop("source")
+    return files, meta
+
+
+def archive(kind, root, path):
+    if kind == "tar of tars":
+        with tarfile.open(path, "w") as outer:
+            for folder in sorted(root.iterdir()):
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w") as tar:
+                    for file in sorted(folder.iterdir()):
+                        tar.add(file, file.name)
+                info = tarfile.TarInfo(f"{folder.name}.tar")
+                info.size = inner.tell()
+                inner.seek(0)
+                outer.addfile(info, inner)
+    elif kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            tar.add(root, "./train")
+    else:
+        compression = zipfile.ZIP_DEFLATED if kind == "deflated zip" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(path, "w", compression) as file:
+            for image in root.rglob("*.*"):
+                file.write(image, image.relative_to(root.parent))
+
+
+@pytest.mark.parametrize("kind", ["tar of tars", "tar", "stored zip", "deflated zip"])
+def test_an_archive_gives_what_its_tree_gives(kind, photographs, prepare, tmp_path):
+    tree = prepare(SOURCE=str(photographs), DATA_DIR=str(tmp_path / "tree"))
+    assert tree.classes == ["n01", "n02", "n03"] and len(tree) == 60
+    archive(kind, photographs, tmp_path / "archive")
+    prepare(SOURCE=str(tmp_path / "archive"), DATA_DIR=str(tmp_path / "of_archive"), WORKERS=2)
+    assert contents(tmp_path / "of_archive") == contents(tmp_path / "tree")
+
+
+def test_images_of_every_kind(prepare, tmp_path):
+    """Grayscale, palette, alpha, CMYK, 16 bits, EXIF rotation, odd suffixes: all become the crop of their RGB."""
+    rng, folder = np.random.default_rng(2), tmp_path / "zoo" / "a" / "deep" / "deeper"
+    folder.mkdir(parents=True)
+    (tmp_path / "zoo/b").mkdir()  # a class without images keeps its number
+    base = photograph(rng, 60, 40)
+    gray16 = np.asarray(base.convert("L")).astype(np.uint16) * 256 + 7
+    rotated = base.getexif()
+    rotated[274] = 6  # to be seen turned clockwise by a quarter
+    wanted = {"01.PNG": base, "02.png": base.convert("L"), "03.png": base.quantize(32), "04.png": base.convert("RGBA"),
+              "05.png": base.convert("LA"), "06.png": base.convert("1"), "07.bmp": base, "08.TIFF": base,
+              "09.gif": base.quantize(32), "10.webp": base, "11.png": Image.fromarray(gray16)}
+    for name, image in wanted.items():
+        image.save(folder / name, **(dict(lossless=True) if name.endswith("webp") else {}))
+    wanted["11.png"] = base.convert("L")
+    base.convert("CMYK").save(folder / "12.jpg", quality=95)
+    wanted["12.jpg"] = Image.open(folder / "12.jpg")
+    base.save(folder / "13.jpg", exif=rotated, quality=95)
+    wanted["13.jpg"] = Image.open(folder / "13.jpg").convert("RGB").transpose(Image.ROTATE_270)
+    for name in ("notes.txt", "._01.PNG", "README"):
+        (folder / name).write_text("no image")
+    (tmp_path / "zoo/stray.png").write_bytes((folder / "01.PNG").read_bytes())
+
+    data = prepare(SOURCE=str(tmp_path / "zoo"))
+    assert data.classes == ["a", "b"] and len(data) == len(wanted)
+    for row, (name, image) in enumerate(sorted(wanted.items())):
+        crop = adm_center_crop(image.convert("RGB"), 32)
+        assert np.array_equal(data.images([row])[0].permute(1, 2, 0).numpy(), crop), name
+
+
+def test_what_is_left_out_is_counted(tree, prepare, capsys):
+    (tree / "stray.png").write_bytes((tree / "n01/0.png").read_bytes())
+    (tree / "n01/.DS_Store").write_text("")
+    prepare(SOURCE=str(tree))
+    assert "left out: 0 unreadable images, 1 images outside class folders; ignored 2 files that are no images" in \
+        capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "archive: cannot be listed .* an uncompressed"),
+    (lambda path: os.truncate(path, 20_000), r"archive: cannot be listed \(.*an uncompressed, complete tar"),
+    (lambda path: os.truncate(path, path.read_bytes().index(b"./train/n02/") + 100), r"archive: cannot be listed \(.*complete tar"),
+])
+def test_compressed_or_truncated_tar_is_refused(harm, message, photographs, prepare, tmp_path):
+    archive("tar", photographs, tmp_path / "archive")
+    harm(tmp_path / "archive")
+    with pytest.raises(ValueError, match=message):
+        prepare(SOURCE=str(tmp_path / "archive"))
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Six images as REPA's and HASTE's preprocessing leaves them, with latents that no VAE made."""
+    root, rng, labels = tmp_path / "published", np.random.default_rng(3), []
+    for i in range(6):
+        for part, name, write in (("images", f"img{i:08d}.png", lambda file: photograph(rng, 32, 32).save(file, "PNG")),
+                                  ("vae-sd", f"img-mean-std-{i:08d}.npy",
+                                   lambda file: np.save(file, rng.normal(size=(8, 4, 4)).astype(np.float32)))):
+            (root / part / "00000").mkdir(parents=True, exist_ok=True)
+            with open(root / part / "00000" / name, "wb") as file:
+                write(file)
+        labels.append([f"00000/img-mean-std-{i:08d}.npy", i % 3])
+    for part in ("images", "vae-sd"):
+        (root / part / "dataset.json").write_text(json.dumps(dict(labels=labels)))
+    return root
+
+
+def test_published_layout_is_brought_over(published, prepare, capsys):
+    data = prepare(SOURCE=str(published), VAE="stabilityai/sd-vae-ft-mse")
+    moments, labels, images = data[np.arange(6)]
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2] and data.vae == dict(name="stabilityai/sd-vae-ft-mse", scale=0.18215)
+    for i in range(6):
+        stored = np.load(published / f"vae-sd/00000/img-mean-std-{i:08d}.npy").astype(np.float16)
+        assert np.array_equal(moments[i].numpy(), stored)
+        picture = np.asarray(Image.open(published / f"images/00000/img{i:08d}.png"))
+        assert np.array_equal(images[i].permute(1, 2, 0).numpy(), picture)
+    assert "ignored 0 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm, constants, message", [
+    (lambda root: (root / "images/00000/img00000003.png").unlink(), {}, "5 images in images/ but 6 latents in vae-sd/"),
+    (lambda root: (root / "vae-sd/dataset.json").write_text('{"labels": null}'), {}, "no label for every latent"),
+    (lambda root: None, dict(IMAGE_SIZE=64), r"latents of images of \(32, 32\) pixels.*set IMAGE_SIZE to their size"),
+    (lambda root: (root / "vae-sd/00000/img-mean-std-00000002.npy").write_bytes(b"x"), {}, "1 of 6 images could not be"),
+])
+def test_incomplete_published_layout_is_refused(harm, constants, message, published, prepare):
+    harm(published)
+    with pytest.raises(ValueError, match=message):
+        prepare(SOURCE=str(published), VAE="stabilityai/sd-vae-ft-mse", **constants)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# resuming, several processes, checking
+
+
+def test_other_source_or_setting_than_the_half_made_folders_is_refused(tree, prepare):
+    broken = tree / "n02/0.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="could not be read"):
+        prepare(SOURCE=str(tree))
+    with pytest.raises(ValueError, match=r"begun with other settings \(image_size 32, now 64\)"):
+        prepare(SOURCE=str(tree), IMAGE_SIZE=64)
+    broken.unlink()
+    with pytest.raises(ValueError, match=r"begun with other settings \(images 5, now 4; names_checksum \d+, now \d+\)"):
+        prepare(SOURCE=str(tree))
+
+
+def test_full_disk_is_refused_before_work_starts(tree, prepare, monkeypatch):
+    usage = shutil.disk_usage(tree)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    with pytest.raises(ValueError, match=r"out: needs [\d,]+ bytes, 12,345 are free; make room or choose another DATA_DIR"):
+        prepare(SOURCE=str(tree))
+    assert not (tree.parent / "out/latents.npy").exists()
+
+
+def test_mirrored_images_and_their_latents_belong_together(tree, prepare, vae_folder):
+    data = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), MIRROR=True)
+    vae = load_vae(vae_folder[0])[0]
+    both = np.array([3, 5 + 3])
+    moments, labels, images = data[both]
+    assert labels.tolist() == [1, 1] and torch.equal(images[1], images[0].flip(-1)) and not torch.equal(*images)
+    with torch.no_grad():
+        mean, std = vae.encode(images.float() / 127.5 - 1)
+    torch.testing.assert_close(moments.float(), torch.cat([mean, std], dim=1), rtol=2e-3, atol=1e-3)
+    pixels = prepare(SOURCE=str(tree), DATA_DIR=str(tree.parent / "pixels"))
+    moments, _, _ = pixels[both]
+    assert torch.equal(moments[1], moments[0].flip(-1))
+
+
+@pytest.mark.parametrize("name", ["latents.npy", "labels.npy", "images.bin"])
+def test_check_finds_a_changed_byte(name, tree, prepare):
+    prepare(SOURCE=str(tree), CHUNK=2)
+    prepare(CHECK=True)
+    with open(tree.parent / "out" / name, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(ValueError, match=rf"{name}(: damaged somewhere in images 4..4|: labels)"):
+        prepare(CHECK=True)
+
+
+def test_check_finds_latents_of_other_images(tree, prepare, vae_folder):
+    prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
+    out = tree.parent / "out"
+    latents = np.load(out / "latents.npy", mmap_mode="r+")
+    latents[:] = latents[::-1].copy()
+    latents.flush()
+    damage(out, lambda meta: [checks.update({"latents.npy": zlib.crc32(latents)}) for _, checks in meta["chunks"]])
+    with pytest.raises(ValueError, match=r"latents.npy: image \d, encoded again, differs by \d+"):
+        prepare(CHECK=True, VAE=str(vae_folder[0]))
+
+
+def test_bf16_moments_are_close(tree, prepare, vae_folder):
+    exact = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
+    rough = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), VAE_PRECISION="bf16", DATA_DIR=str(tree.parent / "bf16"))
+    difference = np.asarray(exact.latents, np.float32) - np.asarray(rough.latents, np.float32)
+    assert 0 < np.sqrt(np.mean(difference**2) / np.mean(np.asarray(exact.latents, np.float32) ** 2)) < 0.02
+
+
+SCRIPT = """
+import sys
+import prepare_latents
+for name, value in {constants!r}.items():
+    setattr(prepare_latents, name, value)
+prepare_latents.main()
+"""
+
+
+def test_two_processes_make_the_same_folder_as_one(photographs, prepare, vae_folder, tmp_path):
+    constants = dict(SOURCE=str(photographs), IMAGE_SIZE=32, VAE=str(vae_folder[0]), WORKERS=1, BATCH_SIZE=4, CHUNK=8,
+                     COMPILE=False)
+    prepare(**constants)
+    (tmp_path / "two.py").write_text(SCRIPT.format(constants=dict(constants, DATA_DIR=str(tmp_path / "two"))))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "two.py"], check=True,
+                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120)
+    two, one = PreparedDataset(tmp_path / "two"), PreparedDataset(tmp_path / "out")
+    torch.testing.assert_close(torch.from_numpy(two.latents[:]).float(), torch.from_numpy(one.latents[:]).float(),
+                               rtol=2e-3, atol=1e-4)
+    for name in ("images.bin", "image_offsets.npy", "labels.npy"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+KILLER = """
+import os, random, signal, sys, time
+import prepare_latents
+for name, value in {constants!r}.items():
+    setattr(prepare_latents, name, value)
+sys.stderr = open(os.devnull, "w")
+rng, kills, lives = random.Random(4), 0, []
+for folder in ["whole"] + ["killed_%d" % i for i in range(100)]:
+    prepare_latents.DATA_DIR, status, life = os.path.join({out!r}, folder), 1, 0
+    while status != 0 and kills < 1000:
+        child = os.fork()  # of a process that has imported everything but computed nothing
+        if child == 0:
+            prepare_latents.main()
+            os._exit(0)
+        if folder != "whole":
+            time.sleep(rng.uniform(0.02, 0.3))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        life += status != 0
+    kills += life
+    lives.append(life)
+    if kills >= 20:
+        break
+print(kills, lives)
+"""
+
+
+def test_killed_at_any_moment_ends_in_the_same_bytes(photographs, vae_folder, tmp_path):
+    """kill -9 at random moments, at least 20 times, each followed by the same command."""
+    source = tmp_path / "train"
+    shutil.copytree(photographs, source)
+    (source / "n02/n02_1.JPEG").write_bytes(b"no image")  # so that rows have to be dropped at the end
+    constants = dict(SOURCE=str(source), IMAGE_SIZE=32, VAE=str(vae_folder[0]), WORKERS=0, BATCH_SIZE=4, CHUNK=4,
+                     COMPILE=False, LEAVE_OUT_UNREADABLE=True)
+    (tmp_path / "killer.py").write_text(KILLER.format(constants=constants, out=str(tmp_path)))
+    result = subprocess.run([sys.executable, tmp_path / "killer.py"], capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert int(result.stdout.splitlines()[-1].split()[0]) >= 20
+    folders = list(tmp_path.glob("killed_*"))
+    assert folders and all(contents(folder) == contents(tmp_path / "whole") for folder in folders)
