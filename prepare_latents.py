@@ -64,6 +64,7 @@ CHECK_TOLERANCE = 0.02  # root mean square of the difference from their latents,
 
 FORMAT = 1  # of the prepared folder
 SD_SCALE = 0.18215  # by which latents of Stable Diffusion's VAEs are multiplied
+REMEDY = "delete the folder and run prepare_latents.py again"  # for a finished folder that is damaged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,53 +403,44 @@ class SpriteSheet:
         return self.sheet.crop((left, top, left + SHEET_TILE, top + SHEET_TILE))
 
 
-class PublishedLatents:
+class PublishedLatents(ImageFiles):
     """What REPA's and HASTE's preprocessing wrote: images/, vae-sd/ with moments (mean, std) as .npy, and the labels in
     vae-sd/dataset.json. Images and moments are paired in sorted order, as their loader does.
 
     Item i is an RGB PIL image, moments(i) its float16 [2C, h, w]. Raises ValueError where the three do not fit.
     """
 
-    mode, unclassed = "RGB", 0
+    unclassed = 0
 
     def __init__(self, root):
-        self.root = Path(root)
-        files = {part: sorted(name for name, *_ in list_folder(self.root / part) if name != "dataset.json")
-                 for part in ("images", "vae-sd")}
-        self.features = [name for name in files["vae-sd"] if name.endswith(".npy")]
-        images = [name for name in files["images"] if name.lower().endswith(".png")]
-        self.ignored = len(files["images"]) + len(files["vae-sd"]) - len(images) - len(self.features)
-        if len(images) != len(self.features) or not images:
-            raise ValueError(f"{root}: {len(images)} images in images/ but {len(self.features)} latents in vae-sd/; "
+        self.root, self.is_folder, self.latents = Path(root, "images"), True, Path(root, "vae-sd")
+        files = [name for name, *_ in list_folder(self.root) if name != "dataset.json"]
+        moments = [name for name, *_ in list_folder(self.latents) if name != "dataset.json"]
+        names = [sorted(name for name in names if name.lower().endswith(suffix))
+                 for names, suffix in ((files, ".png"), (moments, ".npy"))]
+        self.ignored = len(files) + len(moments) - sum(map(len, names))
+        if len(names[0]) != len(names[1]) or not names[0]:
+            raise ValueError(f"{root}: {len(names[0])} images in images/ but {len(names[1])} latents in vae-sd/; "
                              f"fetch or make the missing ones")
         try:
-            labels = dict(json.loads((self.root / "vae-sd/dataset.json").read_text())["labels"])
-            self.labels = np.array([int(labels[name]) for name in self.features])
-            self.shape = np.load(self.root / "vae-sd" / self.features[0]).shape
+            labels = dict(json.loads((self.latents / "dataset.json").read_text())["labels"])
+            self.labels = np.array([int(labels[name]) for name in names[1]])
+            self.shape = np.load(self.latents / names[1][0]).shape
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{root}/vae-sd: no label for every latent, or an unreadable one ({error!r}); fetch or make "
+            raise ValueError(f"{self.latents}: no label for every latent, or a damaged file ({error!r}); fetch or make "
                              f"dataset.json and the .npy files again") from error
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
-        self.images, self.features = np.array(images), np.array(self.features)
-        self.fingerprint = zlib.crc32(self.images.tobytes() + self.features.tobytes() + self.labels.tobytes())
-
-    def name(self, i):
-        return str(self.root / "images" / self.images[i])
-
-    def __getitem__(self, i):
-        try:
-            with Image.open(self.name(i)) as image:
-                return to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"unreadable image ({error})") from error
+        self.names, self.moments_names = (np.array([os.fsencode(name) for name in part]) for part in names)
+        self.fingerprint = zlib.crc32(self.names.tobytes() + self.moments_names.tobytes() + self.labels.tobytes())
 
     def moments(self, i):
+        name = os.fsdecode(self.moments_names[i])
         try:
-            moments = np.load(self.root / "vae-sd" / self.features[i])
+            moments = np.load(self.latents / name)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"unreadable latents {self.features[i]} ({error})") from error
+            raise ValueError(f"unreadable latents {name} ({error})") from error
         if moments.shape != self.shape:
-            raise ValueError(f"latents {self.features[i]} of shape {moments.shape}, not {self.shape}")
+            raise ValueError(f"latents {name} of shape {moments.shape}, not {self.shape}")
         return moments.astype(np.float16)
 
 
@@ -511,7 +503,8 @@ class PreparedDataset:
     labels.npy         int64 [N]
     meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes and checksums of the files
 
-    Index i + N is image i mirrored left to right (`can_mirror`). Large files are memory-mapped, never copied to memory.
+    Index i + N is image i mirrored left to right, unless `mirrored` is None. Large files are memory-mapped, never copied
+    to memory.
     With `with_images=False` the images' files are not opened.
     Raises ValueError where the folder is missing, unfinished or damaged.
     """
@@ -529,22 +522,18 @@ class PreparedDataset:
             self.meta = json.loads(meta_file.read_text())
             expected_bytes, self.vae, self.classes = self.meta["bytes"], self.meta["vae"], self.meta["classes"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{meta_file}: damaged ({error!r}); delete the folder and run prepare_latents.py again") \
-                from error
+            raise ValueError(f"{meta_file}: damaged ({error!r}); {REMEDY}") from error
         if self.meta["format"] != FORMAT:
-            raise ValueError(f"{meta_file}: format {self.meta['format']}, this version reads {FORMAT}; "
-                             f"delete the folder and run prepare_latents.py again")
+            raise ValueError(f"{meta_file}: format {self.meta['format']}, this version reads {FORMAT}; {REMEDY}")
         for name, expected in expected_bytes.items():
             found = (self.path / name).stat().st_size if (self.path / name).exists() else 0
             if found != expected and (with_images or not name.startswith("image")):
-                raise ValueError(f"{self.path / name}: {found} bytes, meta.json says {expected}; "
-                                 f"delete the folder and run prepare_latents.py again")
+                raise ValueError(f"{self.path / name}: {found} bytes, meta.json says {expected}; {REMEDY}")
         self.latents = np.load(self.path / "latents.npy", mmap_mode="r")
         self.labels = np.load(self.path / "labels.npy")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(f"{self.path / 'labels.npy'}: labels {self.labels.min()}..{self.labels.max()}, but "
-                             f"meta.json names {len(self.classes)} classes; delete the folder and run "
-                             f"prepare_latents.py again")
+                             f"meta.json names {len(self.classes)} classes; {REMEDY}")
         moments_per_channel = 1 if self.vae is None else 2
         self.shape = (self.latents.shape[1] // moments_per_channel, *self.latents.shape[2:])  # of one latent, (C, h, w)
         if self.vae is None:
@@ -570,10 +559,9 @@ class PreparedDataset:
         for i, row in enumerate(rows):
             file = io.BytesIO(self.packed[self.offsets[row] : self.offsets[row + 1]])
             try:
-                pixels[i] = Image.open(file).convert("RGB")
+                pixels[i] = Image.open(file)  # lossless WebP is RGB
             except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"{self.path / 'images.bin'}: image {row} is damaged ({error}); "
-                                 f"delete the folder and run prepare_latents.py again") from error
+                raise ValueError(f"{self.path / 'images.bin'}: image {row} is damaged ({error}); {REMEDY}") from error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def __getitem__(self, indices):
@@ -582,7 +570,7 @@ class PreparedDataset:
         moments, labels = torch.from_numpy(self.latents[rows]), torch.from_numpy(self.labels[rows])
         images = self.images(rows) if self.with_images else None
         if flip.any():
-            moments[flip] = torch.from_numpy(self.mirrored[rows[flip]])
+            moments[flip] = torch.from_numpy(np.ascontiguousarray(self.mirrored[rows[flip]]))
             if images is not None:
                 images[flip] = images[flip].flip(-1)
         return moments, labels, images
@@ -630,23 +618,61 @@ def check_space(folder, crops, count, latents_bytes):
         raise ValueError(f"{folder}: needs {needed:,} bytes, {free:,} are free; make room or choose another DATA_DIR")
 
 
+@torch.no_grad()
+def encode(pixels, vae, device):
+    """uint8 [B, C, H, W] to what latents.npy stores, float16 on the device: moments [B, 2C, h, w]; without a VAE the
+    pixels in -1..1."""
+    x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
+    if vae is None:
+        return x.half()
+    x = x.expand(-1, 3, -1, -1)
+    if COMPILE:  # for one shape: a smaller batch is padded
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, BATCH_SIZE - len(x)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=VAE_PRECISION == "bf16"):
+        mean, std = vae.encode(x.contiguous(memory_format=torch.channels_last))
+    return torch.cat([mean, std], dim=1)[: len(pixels)].half()
+
+
 def write_chunk(folder, number, first, moments, packed, reasons):
     """Writes a chunk's latents into their rows from `first` on and its packed images into a file of their own, then,
-    atomically, the record that makes both count. `moments`: for each latents file the tensors of the chunk's batches."""
+    atomically, the record that makes both count. moments: {file: float16 tensors of the chunk's batches}."""
     kept = np.array([len(file) > 0 for file in packed])
-    checksums = {}
+    joined = b"".join(packed)
+    checksums = {"images.bin": zlib.crc32(joined)}
     for name, tensors in moments.items():
         rows = np.load(folder / name, mmap_mode="r+")[first : first + len(kept)]
         rows[:] = torch.cat(tensors).cpu().numpy()
         rows.flush()
         checksums[name] = zlib.crc32(rows[kept])
-    with open(folder / f"unfinished/{number:06d}.bin", "wb") as file:
-        file.writelines(packed)
-        file.flush()
-        os.fsync(file.fileno())
-    checksums["images.bin"] = zlib.crc32(b"".join(packed))
+    part = folder / f"unfinished/{number:06d}"
+    write_atomically(f"{part}.bin", lambda path: path.write_bytes(joined))
     record = dict(lengths=[len(file) for file in packed], reasons=reasons, checksums=checksums)
-    write_atomically(folder / f"unfinished/{number:06d}.json", lambda path: path.write_text(json.dumps(record)))
+    write_atomically(f"{part}.json", lambda path: path.write_text(json.dumps(record)))
+
+
+def prepare_chunks(folder, crops, chunks, vae, latents_files, device, bar, world):
+    """Makes the chunks {number: rows}: decoded, cropped and packed in worker processes, encoded here, written in a
+    thread, so that the device waits for nobody."""
+    batches = [rows[i : i + BATCH_SIZE] for rows in chunks.values() for i in range(0, len(rows), BATCH_SIZE)]
+    loader = iter(DataLoader(crops, sampler=batches, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
+                             worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    with ThreadPoolExecutor(1) as writer:
+        written = None
+        for number, rows in chunks.items():
+            moments, packed, reasons = {name: [] for name in latents_files}, [], {}
+            while len(packed) < len(rows):
+                tensor, files, failed = next(loader)
+                for name in latents_files:
+                    x = tensor if name == "latents.npy" else tensor.flip(-1)
+                    moments[name].append(x if x.is_floating_point() else encode(x, vae, device))
+                packed += files
+                reasons.update({crops.source.name(i): reason for i, reason in failed.items()})
+                bar.update(min(len(files) * world, bar.total - bar.n))
+            if written is not None:
+                written.result()  # raises what the thread raised; and no more than two chunks are in memory
+            written = writer.submit(write_chunk, folder, number, rows[0], moments, packed, reasons)
+        if written is not None:
+            written.result()
 
 
 def move_parts(folder, first_bytes, rank, world):
@@ -656,8 +682,7 @@ def move_parts(folder, first_bytes, rank, world):
             part = folder / f"unfinished/{number:06d}.bin"
             if part.exists():
                 images.seek(first_bytes[number])
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, images, 2**24)
+                images.write(part.read_bytes())
                 images.flush()
                 os.fsync(images.fileno())
                 part.unlink()
@@ -682,9 +707,7 @@ def check(folder):
 
     Raises ValueError that names the file and the images where they differ.
     """
-    data = PreparedDataset(folder)
-    remedy = "delete the folder and run prepare_latents.py again"
-    first = 0
+    data, first = PreparedDataset(folder), 0
     for count, checksums in tqdm(data.meta["chunks"], desc=f"{folder}: checksums", unit="chunk"):
         last = first + count
         contents = {"latents.npy": data.latents[first:last], "labels.npy": data.labels[first:last],
@@ -693,7 +716,7 @@ def check(folder):
             contents["latents_mirrored.npy"] = data.mirrored[first:last]
         for name, content in contents.items():
             if zlib.crc32(np.ascontiguousarray(content)) != checksums[name]:
-                raise ValueError(f"{folder / name}: damaged somewhere in images {first}..{last - 1}; {remedy}")
+                raise ValueError(f"{folder / name}: damaged somewhere in images {first}..{last - 1}; {REMEDY}")
         first = last
     rows = np.unique(np.linspace(0, len(data) - 1, CHECK_IMAGES).astype(int))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -707,21 +730,9 @@ def check(folder):
         worst = max(worst, error.max().item())
         if worst > CHECK_TOLERANCE:
             raise ValueError(f"{folder / 'latents.npy'}: image {some[error.argmax()]}, encoded again, differs by "
-                             f"{worst:.1%}; these latents belong to other images or another VAE: {remedy}")
+                             f"{worst:.1%}; these latents belong to other images or another VAE: {REMEDY}")
     print(f"{folder}: {len(data):,} images are what was written; {len(rows)} of them, encoded again, differ by at most "
           f"{worst:.2%} (root mean square)")
-
-
-@torch.no_grad()
-def encode(pixels, vae, device):
-    """uint8 [B, C, H, W] to what latents.npy stores, float16 on the device: moments [B, 2C, h, w]; without a VAE the
-    pixels in -1..1."""
-    x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
-    if vae is None:
-        return x.half()
-    x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=VAE_PRECISION == "bf16"):
-        return torch.cat(vae.encode(x), dim=1).half()
 
 
 def main():
@@ -778,54 +789,26 @@ def main():
     resuming, moving = plan_file.exists(), moving_file.exists()
     if resuming:
         refuse_other(folder, "begun", json.loads(plan_file.read_text()), plan)
-    first_rows = range(0, count, CHUNK)
-    records = [unfinished / f"{number:06d}.json" for number in range(len(first_rows))]
-
-    def is_done(record):
-        return record.exists() and (moving or LEAVE_OUT_UNREADABLE or not json.loads(record.read_text())["reasons"])
-
-    missing = [number for number, record in enumerate(records) if not is_done(record)]
-    batches = [(number, np.arange(first, min(first + BATCH_SIZE, first_rows[number] + CHUNK, count)))
-               for number in missing[rank::world]
-               for first in range(first_rows[number], min(first_rows[number] + CHUNK, count), BATCH_SIZE)]
-    missing_images = sum(min(CHUNK, count - first_rows[number]) for number in missing)
+    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    records = [unfinished / f"{number:06d}.json" for number in range(len(chunks))]
+    missing = [number for number, record in enumerate(records) if not record.exists() or not (
+        moving or LEAVE_OUT_UNREADABLE or not json.loads(record.read_text())["reasons"])]
+    missing_images = sum(len(chunks[number]) for number in missing)
     wait_for_all()
     if rank == 0:
         unfinished.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp*"):  # what a killed run was writing
+        for leftover in folder.rglob("*.tmp*"):  # what a killed run was writing
             leftover.unlink()
-        row_bytes = 2 * math.prod(shape) * len(latents_files)
-        check_space(folder, crops, missing_images, 0 if resuming else count * row_bytes)
+        latents_bytes = 2 * math.prod((count, *shape)) * len(latents_files)
+        check_space(folder, crops, missing_images, 0 if resuming else latents_bytes)
         if not resuming:
             for name in latents_files:
                 reserve(folder / name, (count, *shape))
             write_atomically(plan_file, lambda path: path.write_text(json.dumps(plan)))
     wait_for_all()
-
-    # decode, crop and pack in worker processes; encode here; write in a thread, so that nothing waits for the disk
-    loader = DataLoader(crops, sampler=[indices for _, indices in batches], batch_size=None,
-                        num_workers=min(WORKERS, os.cpu_count()), worker_init_fn=ignore_signals,
-                        pin_memory=device.type == "cuda")
-    moments, packed, reasons = {name: [] for name in latents_files}, [], {}
-    with ThreadPoolExecutor(1) as writer, \
-            tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
-        writing = None
-        for (number, indices), (tensor, files, failed) in zip(batches, loader):
-            if len(tensor) < BATCH_SIZE and COMPILE:  # the compiled VAE knows one shape
-                tensor = F.pad(tensor, (0, 0) * 3 + (0, BATCH_SIZE - len(tensor)))
-            for name in latents_files:
-                pixels = tensor if name == "latents.npy" else tensor.flip(-1)
-                moments[name].append(tensor if brought else encode(pixels, vae, device)[: len(files)])
-            packed += files
-            reasons.update({source.name(i): reason for i, reason in failed.items()})
-            if indices[-1] + 1 in (first_rows[number] + CHUNK, count):
-                if writing is not None:
-                    writing.result()  # raises what the thread raised
-                writing = writer.submit(write_chunk, folder, number, first_rows[number], moments, packed, reasons)
-                moments, packed, reasons = {name: [] for name in latents_files}, [], {}
-            bar.update(min(len(files) * world, bar.total - bar.n))
-        if writing is not None:
-            writing.result()
+    with tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
+        mine = {number: chunks[number] for number in missing[rank::world]}
+        prepare_chunks(folder, crops, mine, vae, latents_files, device, bar, world)
     wait_for_all()
 
     # images that could not be read
@@ -840,8 +823,8 @@ def main():
             unreadable.write_text("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
     wait_for_all()
     if reasons and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
-        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read, unreadable.txt there lists "
-                         f"them; the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = True")
+        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read; unreadable.txt there lists "
+                         f"them, the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = True")
 
     # packed images to their places in images.bin; from here on, what is left out stays left out
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -850,7 +833,7 @@ def main():
         with open(folder / "images.bin", "ab") as file:
             file.truncate(ends[-1])
     wait_for_all()
-    move_parts(folder, ends[first_rows], rank, world)
+    move_parts(folder, ends[: -1 : CHUNK], rank, world)
     wait_for_all()
     if world > 1:
         dist.destroy_process_group()
@@ -862,15 +845,15 @@ def main():
     np.save(folder / "labels.npy", source.labels[kept].astype(np.int64))
 
     # meta.json, which makes it a data set
-    chunks = [(int(kept[first : first + CHUNK].sum()),
-               dict(content["checksums"], **{"labels.npy": zlib.crc32(source.labels[first : first + CHUNK][kept[first : first + CHUNK]])}))
-              for first, content in zip(first_rows, contents)]
+    for rows, content in zip(chunks, contents):
+        content["checksums"]["labels.npy"] = zlib.crc32(source.labels[rows][kept[rows]].astype(np.int64))
     names = (*latents_files, "images.bin", "image_offsets.npy", "labels.npy")
     meta = dict(format=FORMAT, count=int(kept.sum()), **settings, vae=vae_meta, latent_shape=shape,
                 image_mode=source.mode, classes=source.classes,
                 bytes={name: (folder / name).stat().st_size for name in names},
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
-                              pillow=PIL.__version__), chunks=chunks)
+                              pillow=PIL.__version__),
+                chunks=[(int(kept[rows].sum()), content["checksums"]) for rows, content in zip(chunks, contents)])
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     shutil.rmtree(unfinished)
     seconds = time.time() - started

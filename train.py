@@ -35,13 +35,15 @@ from tqdm import tqdm
 
 import sample
 from model import MODELS, build
-from prepare_latents import PreparedDataset, load_vae, write_atomically
+from prepare_latents import PreparedDataset, ignore_signals, load_vae, write_atomically
 from teacher import Teacher, load_network
 
 # data and run
 DATA_DIR = "data/imagenet256"  # written by prepare_latents.py
 RUN_DIR = "runs/haste-xl"  # everything that this run writes
 WORKERS = 8  # processes per GPU that read batches; 0: none but this one
+PREFETCH = 4  # batches that each of them reads ahead
+MIRROR = False  # show each image mirrored with probability 0.5; for latents, set prepare_latents.MIRROR first
 SEED = 0
 # model
 MODEL = "SiT-XL/2"  # see model.MODELS
@@ -79,7 +81,7 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MODEL", "PATH", "LABEL_DROPOUT", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
+FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
           "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "images_per_s",
            "gradient_cosine", "skipped")
@@ -149,25 +151,24 @@ def permutation(seed, epoch, count):
 
 
 def batch_indices(step, count, rank, world):
-    """Images of this rank's part of the step's batch; epochs follow each other without a gap."""
-    share = BATCH_SIZE // world
-    positions = np.arange(share) + step * BATCH_SIZE + rank * share
+    """This rank's part of the step's batch: numbers of images, plus `count` for a mirrored one (see PreparedDataset).
+
+    Epochs follow each other without a gap.
+    """
+    part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
+    positions = (np.arange(BATCH_SIZE) + step * BATCH_SIZE)[part]
     epochs = positions // count
-    return np.concatenate([permutation(SEED, int(epoch), count)[positions[epochs == epoch] % count]
-                           for epoch in np.unique(epochs)])
+    images = np.concatenate([permutation(SEED, int(epoch), count)[positions[epochs == epoch] % count]
+                             for epoch in np.unique(epochs)])
+    return images + count * (MIRROR & (np.random.default_rng((SEED, 1, step)).random(BATCH_SIZE) < 0.5)[part])
 
 
 def open_batches(data, first, last, rank, world):
     """Iterator over this rank's (moments, labels, images or None) for the steps first..last - 1."""
     order = (batch_indices(step, len(data), rank, world) for step in range(first, last))
-    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
-                           worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))
-
-
-def ignore_signals(_):
-    """Ctrl-C reaches the loader's processes too; only the trainer reacts, and ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    workers = min(WORKERS, os.cpu_count())
+    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
+                           prefetch_factor=PREFETCH if workers else None, pin_memory=torch.cuda.is_available()))
 
 
 def draw_noise(step, shape, rank, world, device):
@@ -247,8 +248,8 @@ def load_checkpoint(run, settings):
     except Exception as error:  # zip, pickle and torch raise many kinds for a damaged file
         raise ValueError(f"{found[-1]}: damaged checkpoint ({type(error).__name__}); delete it to resume from the one "
                          f"before, if there is one") from error
-    differing = [f"{key} {reprlib.repr(saved[key])}, now {reprlib.repr(settings[key])}" for key in FROZEN
-                 if saved[key] != settings[key]]
+    differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in FROZEN
+                 if saved.get(key) != settings[key]]
     differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
                   for key, value in saved["data"].items() if value != settings["data"][key]]
     if differing:
@@ -290,6 +291,9 @@ def check_settings(data, world):
     if BATCH_SIZE % (world * MICRO_BATCHES):
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} is no multiple of {world} processes times MICRO_BATCHES "
                          f"{MICRO_BATCHES}")
+    if MIRROR and data.mirrored is None:
+        raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
+                         f"prepare_latents.MIRROR = True, or set MIRROR to False")
     if TRIGGER == "conflict" and not CONFLICT_EVERY:
         raise ValueError("TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
     outside = [s for s, _ in LAYER_PAIRS if not 0 <= s < MODELS[MODEL]["depth"]]

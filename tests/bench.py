@@ -1,24 +1,38 @@
-"""Step times of plain SiT, phase I and phase II, side by side in one run.
+"""Speeds, side by side in one run.
 
-    PYTHONPATH=. python tests/bench.py
+    PYTHONPATH=. python tests/bench.py         # steps of plain SiT, phase I and phase II
+    PYTHONPATH=. python tests/bench.py data    # preparing and loading images
 
-Prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT, the share
-of the measured matrix rate, and the peak memory of each kind (on a CPU: of a process of its own). The teacher is a
-DINOv2-B with random weights: its speed is that of the real one.
+The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
+the share of the measured matrix rate, and the peak memory of each kind (on a CPU: of a process of its own). The teacher
+is a DINOv2-B with random weights: its speed is that of the real one.
+
+The second measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
+beside Pillow's bare decoding and resizing; the loader with one worker; a data set of ImageNet's size; and on a GPU the
+VAE's encoder (random weights).
 """
 
+import io
+import json
 import multiprocessing
 import resource
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
+import prepare_latents
 import train
 from model import build
+from prepare_latents import AutoencoderKL, Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 
 CUDA = torch.cuda.is_available()
@@ -88,7 +102,108 @@ def matrix_rate():
     return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(10))
 
 
-def main():
+def photograph(rng, width, height):
+    """RGB image with the spectrum of a photograph (amplitude falls as frequency^-1.5) and fine noise."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectra = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
+    shades = [np.fft.irfft2(spectrum / frequency**1.5, (height, width)) for spectrum in spectra]
+    shades = [shade / shade.std() for shade in shades]
+    pixels = np.stack([128 + 50 * (0.85 * shades[0] + 0.4 * shade) for shade in shades[1:]], axis=-1)
+    return Image.fromarray((pixels + rng.normal(size=pixels.shape) * 4).clip(0, 255).astype(np.uint8))
+
+
+def write_prepared(folder, packed, latents):
+    """A finished data set whose images repeat the packed ones."""
+    folder.mkdir()
+    count = len(latents)
+    np.save(folder / "latents.npy", latents)
+    whole, part = divmod(count, len(packed))
+    with open(folder / "images.bin", "wb") as file:
+        for _ in range(whole):
+            file.write(b"".join(packed))
+        file.write(b"".join(packed[:part]))
+    lengths = np.resize([len(image) for image in packed], count)
+    np.save(folder / "image_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+    np.save(folder / "labels.npy", np.arange(count) % 1000)
+    meta = dict(format=prepare_latents.FORMAT, image_size=Image.open(io.BytesIO(packed[0])).width,
+                vae=dict(name="", scale=1), classes=[str(i) for i in range(1000)],
+                bytes={file.name: file.stat().st_size for file in folder.iterdir()})
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def loader_rate(folder, with_images, batches):
+    """Images/s of train.py's loader with one worker, whose first batches do not count."""
+    data = PreparedDataset(folder, with_images)
+    train.BATCH_SIZE, train.WORKERS = 256, 1
+    loader = train.open_batches(data, 0, batches + 5, 0, 1)
+    for _ in range(5):
+        next(loader)
+    return train.BATCH_SIZE * batches / timed(lambda: [next(loader) for _ in range(batches)])
+
+
+def bench_data():
+    torch.set_num_threads(1)
+    rng, folder = np.random.default_rng(0), Path(tempfile.mkdtemp())
+    (folder / "tree/class").mkdir(parents=True)
+    for i in range(100):
+        width, height = [(500, 375), (375, 500), (500, 333), (640, 480), (1024, 768)][i % 5]
+        photograph(rng, width, height).save(folder / f"tree/class/{i:03d}.jpg", quality=92)
+    files = sorted((folder / "tree/class").iterdir())
+    crops = Crops(ImageFiles(folder / "tree"), IMAGE_SIZE, None)
+    print(f"{len(files)} JPEGs of {sum(file.stat().st_size for file in files) / len(files) / 1e3:.0f} kB on average")
+
+    def bare(size_of):
+        for file in files:
+            image = Image.open(file).convert("RGB")
+            image.resize(size_of(image), Image.BICUBIC)
+
+    square = lambda image: (IMAGE_SIZE, IMAGE_SIZE)
+    short_edge = lambda image: tuple(round(edge * IMAGE_SIZE / min(image.size)) for edge in image.size)
+    rounds = [(timed(lambda: crops[range(len(files))]), timed(lambda: bare(short_edge)), timed(lambda: bare(square)))
+              for _ in range(7)]
+    ours, to_edge, to_square = (statistics.median(times) / len(files) * 1000 for times in zip(*rounds))
+    print(f"decode, crop, pack     {1000 / ours:10.0f} images/s on one core, {ours:.2f} ms each; Pillow's decode and resize to "
+          f"a short edge of {IMAGE_SIZE} {to_edge:.2f} ms (ratio {statistics.median(a / b for a, b, _ in rounds):.2f}), "
+          f"to a square {to_square:.2f} ms (ratio {statistics.median(a / c for a, _, c in rounds):.2f})")
+
+    _, packed, _ = crops[range(len(files))]
+    latents = np.resize(rng.normal(size=(500, 8, 32, 32)).astype(np.float16), (20_000, 8, 32, 32))
+    write_prepared(folder / "prepared", packed, latents)
+    decode = lambda: [Image.open(io.BytesIO(image)).load() for image in packed]
+    loader_rate(folder / "prepared", False, 70)  # warms the page cache
+    decode_rate = len(packed) / statistics.median(timed(decode) for _ in range(5))
+    loaded = statistics.median(loader_rate(folder / "prepared", True, 10) for _ in range(3))
+    unread = statistics.median(loader_rate(folder / "prepared", False, 200) for _ in range(3))
+    print(f"loader, phase II       {unread:10.0f} images/s with one worker, 256 x 256")
+    print(f"loader, phase I        {loaded:10.0f} images/s with one worker; Pillow's bare decoding of the same files "
+          f"{decode_rate:.0f}; {loaded / decode_rate:.0%} of it")
+
+    tiny = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(tiny, "WEBP", lossless=True)
+    write_prepared(folder / "large", [tiny.getvalue()], np.zeros((1_281_167, 8, 1, 1), np.float16))
+    opening = timed(lambda: PreparedDataset(folder / "large"))
+    permuting = timed(lambda: train.permutation(0, 0, 1_281_167))
+    print(f"1,281,167 entries      opened in {opening:.3f} s; an epoch's order in {permuting:.3f} s and "
+          f"{train.permutation(0, 0, 1_281_167).nbytes / 2**20:.0f} MiB")
+
+    if CUDA:
+        device = torch.device("cuda")
+        torch.set_float32_matmul_precision("high")
+        pixels = torch.randint(0, 256, (prepare_latents.BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+        vae = AutoencoderKL().eval().to(device, memory_format=torch.channels_last)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.encode(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device))
+        vae.encode = torch.compile(vae.encode)
+        for prepare_latents.VAE_PRECISION in ("float32", "bf16"):
+            for _ in range(3):
+                encode(pixels, vae, device)
+            rate = 20 * len(pixels) / timed(lambda: [encode(pixels, vae, device) for _ in range(20)])
+            print(f"VAE encoder, {prepare_latents.VAE_PRECISION:10}{rate:10.0f} images/s; "
+                  f"{rate * counter.get_total_flops() / matrix_rate():.0%} of the measured bf16 matrix rate")
+
+
+def bench_steps():
     spawn = multiprocessing.get_context("spawn")
     memory = {}
     for kind in KINDS:
@@ -123,4 +238,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    bench_data() if sys.argv[1:] == ["data"] else bench_steps()

@@ -144,7 +144,7 @@ def tree(tmp_path):
 def prepare(monkeypatch, tmp_path):
     def run(**constants):
         set_constants(monkeypatch, prepare_latents, **{**dict(DATA_DIR=str(tmp_path / "out"), IMAGE_SIZE=32, VAE=None,
-                                                             WORKERS=0, BATCH_SIZE=2), **constants})
+                                                             WORKERS=0, BATCH_SIZE=2, COMPILE=False), **constants})
         prepare_latents.main()
         return PreparedDataset(prepare_latents.DATA_DIR)
     return run
@@ -179,7 +179,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept(tree, prepare, worker
     broken = tree / "n02/0.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:60])
-    with pytest.raises(ValueError, match=r"1 of 5 images could not be read, unreadable\.txt there lists them.* Repair them "
+    with pytest.raises(ValueError, match=r"1 of 5 images could not be read; unreadable\.txt there lists them.* Repair them "
                                          r"and run again, or set LEAVE_OUT_UNREADABLE = True"):
         prepare(SOURCE=str(tree), WORKERS=workers, CHUNK=2)
     folder = tree.parent / "out"
@@ -487,6 +487,12 @@ def test_check_finds_latents_of_other_images(tree, prepare, vae_folder):
         prepare(CHECK=True, VAE=str(vae_folder[0]))
 
 
+def test_compiled_vae_gives_the_same_moments(tree, prepare, vae_folder):
+    plain = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
+    compiled = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), COMPILE=True, DATA_DIR=str(tree.parent / "compiled"))
+    torch.testing.assert_close(*(torch.tensor(data.latents).float() for data in (compiled, plain)), rtol=2e-3, atol=1e-4)
+
+
 def test_bf16_moments_are_close(tree, prepare, vae_folder):
     exact = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
     rough = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), VAE_PRECISION="bf16", DATA_DIR=str(tree.parent / "bf16"))
@@ -511,8 +517,7 @@ def test_two_processes_make_the_same_folder_as_one(photographs, prepare, vae_fol
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "two.py"], check=True,
                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120)
     two, one = PreparedDataset(tmp_path / "two"), PreparedDataset(tmp_path / "out")
-    torch.testing.assert_close(torch.from_numpy(two.latents[:]).float(), torch.from_numpy(one.latents[:]).float(),
-                               rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(two.latents).float(), torch.tensor(one.latents).float(), rtol=2e-3, atol=1e-4)
     for name in ("images.bin", "image_offsets.npy", "labels.npy"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,12 +154,13 @@ def run_process(tmp_path, data_dir, teacher_file):
 
 
 def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_process, tmp_path):
-    whole = run_process(tmp_path / "whole", CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+    constants = dict(MIRROR=True, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+    whole = run_process(tmp_path / "whole", **constants)
     assert whole.returncode == 0, whole.stderr
     for at in (3, 6, 9):  # phase I; the first step after the switch; phase II. Checkpoints are written every 2 steps.
-        killed = run_process(tmp_path / "killed", signal.SIGKILL, at, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+        killed = run_process(tmp_path / "killed", signal.SIGKILL, at, **constants)
         assert killed.returncode == -signal.SIGKILL
-    resumed = run_process(tmp_path / "killed", CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=16)
+    resumed = run_process(tmp_path / "killed", **constants)
     assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
     timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(tmp_path / name)]
@@ -360,6 +362,25 @@ def test_every_epoch_is_a_fresh_permutation_and_every_rank_takes_its_part(monkey
     for i in range(4):
         assert torch.equal(noise[i], torch.cat([part[i] for part in parts]))
     assert not torch.equal(noise[1], train.draw_noise(4, (2, 4, 4), 0, 1, "cpu")[1])
+
+
+def test_mirroring_turns_half_of_the_images_alike_for_any_number_of_ranks(monkeypatch):
+    monkeypatch.setattr(train, "BATCH_SIZE", 400)
+    plain = train.batch_indices(2, 1000, 0, 1)
+    monkeypatch.setattr(train, "MIRROR", True)
+    mirrored = train.batch_indices(2, 1000, 0, 1)
+    assert np.array_equal(mirrored % 1000, plain) and (mirrored >= 1000).mean() == pytest.approx(0.5, abs=0.1)
+    assert np.array_equal(np.concatenate([train.batch_indices(2, 1000, rank, 4) for rank in range(4)]), mirrored)
+
+
+def test_mirroring_without_mirrored_latents_is_refused(small_run, data_dir, tmp_path):
+    folder = shutil.copytree(data_dir, tmp_path / "latents")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(dict(meta, vae=dict(name="stabilityai/sd-vae-ft-mse", scale=0.18215))))
+    run = small_run(DATA_DIR=str(folder), MIRROR=True)
+    with pytest.raises(ValueError, match="holds no latents of mirrored images; prepare it again with"):
+        train.main()
+    assert not run.exists()
 
 
 def test_labels_are_dropped_as_often_as_asked(monkeypatch):
