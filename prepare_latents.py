@@ -872,3 +872,5 @@ if __name__ == "__main__":
         sys.exit(f"prepare_latents.py: {error}")
     except OSError as error:  # the disk is full, or gone
         sys.exit(f"prepare_latents.py: {error}; what is done is kept, the same command goes on")
+    except KeyboardInterrupt:
+        sys.exit("prepare_latents.py: stopped; what is done is kept, the same command goes on")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # training of a small network: the first of the two passes that made data/teacher.safetensors (see experiments/)
@@ -28,11 +29,13 @@ OUT = "data/teacher.safetensors"
 ARCHITECTURE = "vit_tiny_patch16_224"  # timm name ...
 ARCHITECTURE_SETTINGS = dict(img_size=28, patch_size=4, embed_dim=96, depth=4, num_heads=3,  # ... and what we change:
                              class_token=False, global_pool="avg", fc_norm=False)  # the tokens carry the class
-EPOCHS = 12
+EPOCHS = 15
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
-MIRROR = False  # show each image mirrored with probability 0.5
+MIRROR = True  # show each image mirrored with probability 0.5
+SHIFT = 0  # show each image moved by up to so many pixels
+EMA_DECAY = 0.0  # of the weights, of which the average is kept; 0: the last weights
 START_FROM = None  # a file that main() wrote, to train on from its weights
 SEED = 0
 
@@ -43,6 +46,14 @@ def preprocess(images, mean, std, size):
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     x = (images.float() / 255 - mean) / std
     return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode="bicubic", align_corners=False)
+
+
+def shift(images, most):
+    """Images [B, C, H, W], each moved at random by up to `most` pixels in both directions; black moves in."""
+    B, _, H, W = images.shape
+    top, left = torch.randint(0, 2 * most + 1, (2, B, 1, 1))
+    rows, columns = top + torch.arange(H).view(-1, 1), left + torch.arange(W)
+    return F.pad(images, (most,) * 4)[torch.arange(B).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
 
 
 def load_network(name, pretrained=True):
@@ -166,6 +177,7 @@ def main():
     mean, std = sample.mean(dim=(0, 2, 3)).tolist(), sample.std(dim=(0, 2, 3)).tolist()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(data) // BATCH_SIZE)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
 
     order = torch.cat([torch.randperm(len(data))[: steps // EPOCHS * BATCH_SIZE] for _ in range(EPOCHS)])
@@ -173,6 +185,7 @@ def main():
     network.train()
     with tqdm(loader, desc=Path(OUT).stem) as bar:
         for step, (_, labels, images) in enumerate(bar):
+            images = shift(images, SHIFT) if SHIFT else images
             x = preprocess(images.to(device), mean, std, size)
             if MIRROR:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -182,10 +195,11 @@ def main():
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            average.update_parameters(network)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    network.half().float().eval()  # what the file holds is what is measured
+    network = average.module.half().float().eval()  # what the file holds is what is measured
     accuracy = None
     if test is not None:
         with torch.no_grad():
