@@ -37,7 +37,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 # source
@@ -543,7 +543,7 @@ class PreparedDataset:
         else:
             self.mirrored = None
         if with_images:
-            self.packed = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r")
+            self.packed = np.asarray(np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r"))
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
 
     def __len__(self):
@@ -555,14 +555,16 @@ class PreparedDataset:
     def images(self, rows):
         """uint8 [B, 3, H, W] (channels last in memory); grayscale images are repeated over the channels."""
         size = self.meta["image_size"]
-        pixels = np.empty((len(rows), size, size, 3), np.uint8)
-        for i, row in enumerate(rows):
-            file = io.BytesIO(self.packed[self.offsets[row] : self.offsets[row + 1]])
+        pixels = torch.empty(len(rows), size, size, 3, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            pixels.share_memory_()  # decode to where the parent process reads, or sending would copy it there
+        rows = np.asarray(rows)
+        for row, begin, end, target in zip(rows, self.offsets[rows], self.offsets[rows + 1], pixels.numpy()):
             try:
-                pixels[i] = Image.open(file)  # lossless WebP is RGB
+                target[:] = Image.open(io.BytesIO(self.packed[begin:end]))  # lossless WebP is RGB
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"{self.path / 'images.bin'}: image {row} is damaged ({error}); {REMEDY}") from error
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return pixels.permute(0, 3, 1, 2)
 
     def __getitem__(self, indices):
         indices = np.asarray(indices)
