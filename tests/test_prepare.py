@@ -223,6 +223,7 @@ def test_unreadable_images_are_left_out_when_allowed(tree, prepare, vae_folder, 
     (dict(SOURCE=str(ROOT / "LICENSE")), "LICENSE: unreadable image .* SOURCE must be a sprite sheet, an archive"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SHEET_TILE=27), "not whole rows of 27-pixel"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), VAE="no-such/vae"), "VAE 'no-such/vae' is no local file"),
+    (dict(SOURCE=str(ROOT / "data"), VAE_PRECISION="fp8"), "unknown VAE_PRECISION 'fp8'; choose float32 or bf16"),
 ])
 def test_bad_sources_are_refused(prepare, constants, message):
     with pytest.raises(ValueError, match=message):
@@ -288,11 +289,11 @@ def test_packed_images_are_lossless_webp(data_dir):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Three classes of 20 photographs each, JPEGs and PNGs of mixed sizes."""
+    """Three classes of 80 photographs each, JPEGs and PNGs of mixed sizes."""
     root, rng = tmp_path_factory.mktemp("photographs") / "train", np.random.default_rng(1)
     for name in ("n03", "n01", "n02"):
         (root / name).mkdir(parents=True)
-        for i in range(20):
+        for i in range(80):
             image = photograph(rng, *rng.integers(30, 140, 2))
             image.save(root / name / (f"{name}_{i}.JPEG" if i % 2 else f"{name}_{i}.png"))
     return root
@@ -331,7 +332,7 @@ def archive(kind, root, path):
 @pytest.mark.parametrize("kind", ["tar of tars", "tar", "stored zip", "deflated zip"])
 def test_an_archive_gives_what_its_tree_gives(kind, photographs, prepare, tmp_path):
     tree = prepare(SOURCE=str(photographs), DATA_DIR=str(tmp_path / "tree"))
-    assert tree.classes == ["n01", "n02", "n03"] and len(tree) == 60
+    assert tree.classes == ["n01", "n02", "n03"] and len(tree) == 240
     archive(kind, photographs, tmp_path / "archive")
     prepare(SOURCE=str(tmp_path / "archive"), DATA_DIR=str(tmp_path / "of_archive"), WORKERS=2)
     assert contents(tmp_path / "of_archive") == contents(tmp_path / "tree")
@@ -385,6 +386,18 @@ def test_compressed_or_truncated_tar_is_refused(harm, message, photographs, prep
     harm(tmp_path / "archive")
     with pytest.raises(ValueError, match=message):
         prepare(SOURCE=str(tmp_path / "archive"))
+
+
+def test_zip_of_an_unusual_kind_is_refused(tree, prepare, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
+        file.write(tree / "n01/0.png", "n01/0.png")
+    with pytest.raises(ValueError, match=r"a.zip: cannot be listed \(n01/0.png is encrypted or packed in an unusual way"):
+        prepare(SOURCE=str(tmp_path / "a.zip"))
+
+
+def test_size_that_the_vae_cannot_reduce_is_refused(tree, prepare, vae_folder):
+    with pytest.raises(ValueError, match="IMAGE_SIZE 30 is no multiple of 4, the VAE's reduction"):
+        prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), IMAGE_SIZE=30)
 
 
 @pytest.fixture
