@@ -463,6 +463,12 @@ def pack(image):
     return file.getvalue()
 
 
+def new_batch(*shape):
+    """An empty uint8 tensor; in a loader's process in memory shared with its parent, so that sending does not copy."""
+    batch = torch.empty(shape, dtype=torch.uint8)
+    return batch if get_worker_info() is None else batch.share_memory_()
+
+
 class Crops:
     """What the workers do: `crops[indices]` is a batch, (tensor, packed images, reasons).
 
@@ -474,7 +480,8 @@ class Crops:
         self.source, self.size, self.moments_shape = source, size, moments_shape
 
     def __getitem__(self, indices):
-        pixels = np.zeros((len(indices), self.size, self.size, len(self.source.mode)), np.uint8)
+        pixels = new_batch(len(indices), self.size, self.size, len(self.source.mode))
+        targets = pixels.numpy() if self.source.mode == "RGB" else pixels.numpy()[..., 0]
         brought = hasattr(self.source, "moments")
         moments = np.zeros((len(indices), *self.moments_shape), np.float16) if brought else None
         packed, reasons = [b""] * len(indices), {}
@@ -483,11 +490,11 @@ class Crops:
                 image = center_crop(self.source[i], self.size)
                 if brought:
                     moments[row] = self.source.moments(i)
-                pixels[row] = np.asarray(image).reshape(pixels.shape[1:])
+                targets[row] = image
                 packed[row] = pack(image)
             except ValueError as error:
-                reasons[int(i)] = str(error)
-        return torch.from_numpy(moments if brought else pixels.transpose(0, 3, 1, 2)), packed, reasons
+                reasons[int(i)], targets[row] = str(error), 0
+        return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,10 +562,7 @@ class PreparedDataset:
     def images(self, rows):
         """uint8 [B, 3, H, W] (channels last in memory); grayscale images are repeated over the channels."""
         size = self.meta["image_size"]
-        pixels = torch.empty(len(rows), size, size, 3, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            pixels.share_memory_()  # decode to where the parent process reads, or sending would copy it there
-        rows = np.asarray(rows)
+        pixels, rows = new_batch(len(rows), size, size, 3), np.asarray(rows)
         for row, begin, end, target in zip(rows, self.offsets[rows], self.offsets[rows + 1], pixels.numpy()):
             try:
                 target[:] = Image.open(io.BytesIO(self.packed[begin:end]))  # lossless WebP is RGB
