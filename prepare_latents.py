@@ -315,9 +315,8 @@ class ImageFiles:
             if self.is_folder:
                 found = list(list_folder(root))
             else:
+                self.is_zip = not tarfile.is_tarfile(root)  # asked so: a tar whose last file is a zip looks like one
                 with open(root, "rb") as file:
-                    self.is_zip = zipfile.is_zipfile(file)
-                    file.seek(0)
                     found = list(list_zip(file) if self.is_zip else list_tar(file))
         except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
             raise ValueError(f"{root}: cannot be listed ({error}); SOURCE must be a folder, a zip or an uncompressed, "

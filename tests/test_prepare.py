@@ -320,8 +320,11 @@ def archive(kind, root, path):
                 inner.seek(0)
                 outer.addfile(info, inner)
     elif kind == "tar":
-        with tarfile.open(path, "w") as tar:
+        (root / "n03/zzz.zip").write_bytes(b"PK\5\6" + bytes(18))  # a tar that also looks like a zip
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
             tar.add(root, "./train")
+        (root / "n03/zzz.zip").unlink()
+        assert zipfile.is_zipfile(path)
     else:
         compression = zipfile.ZIP_DEFLATED if kind == "deflated zip" else zipfile.ZIP_STORED
         with zipfile.ZipFile(path, "w", compression) as file:
