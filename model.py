@@ -3,9 +3,9 @@
     model = build("SiT-XL/2")
     velocity, attn_logits, features = model(x, t, y, attn_layers=(4, 5, 6, 7), return_features=True)
 
-A block named in `attn_layers` computes its attention from explicit logits and hands them out; every other block runs
-the fused `scaled_dot_product_attention` and no logits exist. Parameter names and shapes are those of the published
-SiT, REPA and HASTE checkpoints.
+Every block runs the fused `scaled_dot_product_attention`. One named in `attn_layers` hands out its queries and keys as
+well, from which the logits are computed: no other block has any. Parameter names and shapes are those of the
+published SiT, REPA and HASTE checkpoints.
 """
 
 import math
@@ -13,6 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # name: depth, hidden size, heads
@@ -70,8 +72,13 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+def attention_logits(q, k):
+    """q k^T / sqrt(head dim), [B, heads, N, M], of queries [B, heads, N, head dim] and keys [B, heads, M, head dim]."""
+    return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; with `return_logits` also q k^T / sqrt(head dim), [B, heads, N, N], before softmax."""
+    """Multi-head self-attention; with `return_qk` also its (queries, keys), each [B, heads, N, head dim]."""
 
     def __init__(self, hidden_size, num_heads, qk_norm):
         super().__init__()
@@ -82,19 +89,13 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x, return_logits=False):
+    def forward(self, x, return_qk=False):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head dim]
         q, k = self.q_norm(q), self.k_norm(k)
-        if return_logits:
-            # The logits must exist anyway, so attend with them instead of having a fused kernel compute them again.
-            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, heads, N, N]
-            out = logits.softmax(dim=-1).to(v.dtype) @ v
-        else:
-            logits = None
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D)), logits
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D)), (q, k) if return_qk else None
 
 
 class Mlp(nn.Module):
@@ -125,12 +126,12 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, condition, return_logits=False):
+    def forward(self, x, condition, return_qk=False):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        attended, logits = self.attn(modulate(self.norm1(x), shift1, scale1), return_logits)
+        attended, qk = self.attn(modulate(self.norm1(x), shift1, scale1), return_qk)
         x = x + gate1.unsqueeze(1) * attended
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x, logits
+        return x, qk
 
 
 class FinalLayer(nn.Module):
@@ -219,12 +220,14 @@ class SiT(nn.Module):
         x = x.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, patch, columns, patch]
         return x.reshape(-1, c, g * p, g * p)
 
-    def forward(self, x, t, y, attn_layers=(), return_features=False):
+    def forward(self, x, t, y, attn_layers=(), return_features=False, return_qk=False):
         """Velocity at x_t, and on request what the alignment losses need.
 
         x [B, C, H, W]; t [B] in 0..1; y [B] int64 class ids, num_classes meaning "no label".
         Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
-        0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features.
+        0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features. With return_qk
+        each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that attention_logits makes
+        of them, so that a loss can compute only those that it needs and need not keep them.
         """
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ValueError(f"x is {list(x.shape)}; this model takes "
@@ -236,18 +239,20 @@ class SiT(nn.Module):
 
         x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
-        logits, features = {}, None
+        qk, features = {}, None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, block_logits = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
+                x, block_qk = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
             else:
-                x, block_logits = block(x, condition, i in attn_layers)
+                x, block_qk = block(x, condition, i in attn_layers)
             if i in attn_layers:
-                logits[i] = block_logits
+                qk[i] = block_qk
             if return_features and i + 1 == self.align_depth:
                 features = self.projectors[0](x)
-        velocity = self.unpatchify(self.final_layer(x, condition))[:, : self.in_channels]
-        return velocity, [logits[i] for i in attn_layers], features
+        velocity = self.unpatchify(self.final_layer(x, condition))
+        if self.out_channels > self.in_channels:  # learn_sigma
+            velocity = velocity[:, : self.in_channels]
+        return velocity, [qk[i] if return_qk else attention_logits(*qk[i]) for i in attn_layers], features
 
 
 def build(name, **overrides):
@@ -255,3 +260,36 @@ def build(name, **overrides):
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
     return SiT(**{**MODELS[name], **overrides})
+
+
+def flops_per_image(model, teacher):
+    """FLOPs of a training step per image, those that MFU = flops_per_image * images/s / (peak FLOP/s of all GPUs) counts.
+
+    The products in transformer blocks of depth L and width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student
+    three times (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do
+    embedders, projector and alignment losses: 2 % in phase I of SiT-XL/2.
+    """
+    def forward(depth, N, D):
+        return depth * (24 * N * D**2 + 4 * N**2 * D)
+
+    _, N, D = model.pos_embed.shape
+    flops = 3 * forward(len(model.blocks), N, D)
+    if teacher is not None:
+        flops += forward(len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim)
+    return flops
+
+
+def shard(model, device, replicas, shards, dtype, gather_again):
+    """Spreads a SiT over replicas * shards processes (FSDP2), each block by itself, gathered in `dtype` for its use.
+
+    Each group of `shards` neighbouring ranks holds the weights once. Weights and reduced gradients are float32.
+    gather_again: free a block's weights after forward and gather them again for backward.
+    """
+    mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicas > 1 else mesh["shard"]
+    # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*model.blocks, *(model.projectors or ())):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=gather_again)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+                reshard_after_forward=gather_again)

@@ -584,10 +584,13 @@ class PreparedDataset:
 def write_atomically(path, write):
     """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def ignore_signals(_):

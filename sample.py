@@ -23,7 +23,7 @@ from prepare_latents import load_vae, write_atomically
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
-CHECKPOINT = None  # None: the run's EMA; or a .pt file: one of ours, or a published SiT, REPA or HASTE checkpoint
+CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
 # what to draw
 OUT = "runs/haste-xl/samples"  # folder for samples.png and samples.npz
@@ -148,6 +148,30 @@ def save_grid(images, columns, path):
     write_atomically(path, lambda file: Image.fromarray(grid.cpu().numpy()).save(file, "PNG"))
 
 
+def save_preview(path, ema, settings, vae, device, grid, steps, seed):
+    """Grid of samples with one class a row, always from the same noise so that previews can be compared.
+
+    ema, settings: weights of a SiT and what load_model says of their run; grid: rows, columns; steps: of Euler.
+    """
+    model = SiT(**settings["sit"]).to(device)
+    model.load_state_dict(ema)
+    rows, columns, vae_meta = min(grid[0], model.num_classes), grid[1], settings["data"]["vae"]
+    noise = IndexedNoise(seed, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
+    y = torch.linspace(0, model.num_classes - 1, rows).round().long().repeat_interleave(columns)
+    images = [to_bytes(sample_ode(velocity_of(model, device), row_noise.to(device), row_y.to(device), steps=steps,
+                                  null=model.num_classes, path=settings["PATH"]), vae, vae_meta and vae_meta["scale"])
+              for row_noise, row_y in zip(noise.split(columns), y.split(columns))]
+    save_grid(torch.cat(images), columns, path)
+
+
+def velocity_of(model, device):
+    """The model's velocity as a function (x, t, y), in bf16 on a GPU."""
+    def velocity(x, t, y):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return model(x, t, y)[0]
+    return velocity
+
+
 def published_settings(state):
     """Settings for a published checkpoint, read off the shapes of its weights."""
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -161,7 +185,7 @@ def published_settings(state):
 
 
 def load_model(path):
-    """(SiT in eval mode with EMA weights and no projector, its run's settings) from ema.safetensors or a checkpoint.
+    """(SiT in eval mode with EMA weights and no projector, its run's settings) from ema.safetensors or a published checkpoint.
 
     Raises ValueError where the file is missing, damaged or of another kind.
     """
@@ -176,7 +200,7 @@ def load_model(path):
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = checkpoint.get("ema", checkpoint)
-            settings = json.loads(checkpoint["settings"]) if "settings" in checkpoint else published_settings(state)
+            settings = published_settings(state)
         model = SiT(**{**settings["sit"], "teacher_dim": None})
         model.load_state_dict({key: value for key, value in state.items() if not key.startswith("projectors.")})
     except (SafetensorError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -200,9 +224,7 @@ def main():
         vae, scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
     model.to(device)
 
-    def velocity(x, t, y):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return model(x, t, y)[0]
+    velocity = velocity_of(model, device)
 
     # Sample i is of class classes[i % K], so row r, column c of the grid is sample c K + r: nothing is drawn twice.
     rows, columns = min(GRID[0], len(classes)), GRID[1]

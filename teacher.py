@@ -87,14 +87,14 @@ def load_network(name, pretrained=True):
                          f"(HF_HOME)") from error
 
 
-def attention_with_logits(attn, x):
-    """timm's self-attention on x [B, T, D], and its logits q k^T / sqrt(head dim) [B, heads, T, T], pre-softmax."""
+def attention_with_qk(attn, x):
+    """timm's self-attention on x [B, T, D], and its (queries, keys), each [B, heads, T, head dim]."""
     B, T, _ = x.shape
     qkv = attn.qkv(x).reshape(B, T, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    logits = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
-    out = (logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).reshape(B, T, -1)
-    return attn.proj(getattr(attn, "norm", nn.Identity())(out)), logits
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, -1)
+    return attn.proj(getattr(attn, "norm", nn.Identity())(out)), (q, k)
 
 
 class Teacher(nn.Module):
@@ -137,24 +137,35 @@ class Teacher(nn.Module):
         return super().train(False)  # frozen: no dropout, no stochastic depth, whatever the student does
 
     @torch.no_grad()
-    def forward(self, images):
+    def forward(self, images, return_qk=False):
         """images uint8 [B, 3, H, W] to tokens [B, N, D] and a list of logits [B, heads, N, N], one per layer asked for.
 
-        Class and register tokens are cut from tokens and from the logits' rows and columns.
+        Class and register tokens are cut from tokens and from the logits' rows and columns. With return_qk each layer's
+        (queries, keys), [B, heads, N, head dim], stand in place of its logits q k^T / sqrt(head dim).
         """
         network, prefix = self.network, self.network.num_prefix_tokens
         x = preprocess(images, self.mean, self.std, self.input_size)
         x = network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(x))))
-        logits = {}
+        qk = {}
         for i, block in enumerate(network.blocks):
             if i in self.layers:
-                attended, layer_logits = attention_with_logits(block.attn, block.norm1(x))
-                logits[i] = layer_logits[:, :, prefix:, prefix:]
+                attended, (q, k) = attention_with_qk(block.attn, block.norm1(x))
+                qk[i] = q[:, :, prefix:], k[:, :, prefix:]
                 x = x + block.ls1(attended)
                 x = x + block.ls2(block.mlp(block.norm2(x)))
             else:
                 x = block(x)
-        return network.norm(x)[:, prefix:], [logits[layer] for layer in self.layers]
+        chosen = [qk[layer] for layer in self.layers]
+        if not return_qk:
+            chosen = [(q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) for q, k in chosen]
+        return network.norm(x)[:, prefix:], chosen
+
+
+def teacher_for_grid(name, layers, grid):
+    """The Teacher `name` at the image size that gives grid x grid tokens, whatever the size of the images."""
+    network = load_network(name)
+    patch = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else 1
+    return Teacher(network, layers, input_size=grid * patch)
 
 
 def main():

@@ -7,7 +7,7 @@
 The constants below are the paper's ImageNet 256x256 run. The same command again resumes where the run stopped.
 """
 
-import csv
+import gc
 import importlib.util
 import json
 import os
@@ -17,32 +17,38 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from model import MODELS, build
+from model import MODELS, attention_logits, build, flops_per_image, shard
 from prepare_latents import PreparedDataset, ignore_signals, load_vae, write_atomically
-from teacher import Teacher, load_network
+from teacher import teacher_for_grid
 
 # data and run
 DATA_DIR = "data/imagenet256"  # written by prepare_latents.py
-RUN_DIR = "runs/haste-xl"  # everything that this run writes
+RUN_DIR = "runs/haste-xl"  # everything that this run writes; with several nodes, on a disk that all of them see
 WORKERS = 8  # processes per GPU that read batches; 0: none but this one
-PREFETCH = 4  # batches that each of them reads ahead
 MIRROR = False  # show each image mirrored with probability 0.5; for latents, set prepare_latents.MIRROR first
 SEED = 0
 # model
@@ -56,9 +62,9 @@ ALIGN_DEPTH = 8  # blocks before the tokens whose features are aligned; B/2: 5
 FEATURE_WEIGHT = 0.5
 ATTENTION_WEIGHT = 0.5  # 0: REPA
 ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
-TRIGGER = "steps"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
+TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
 CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
-CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what
+CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what; in whole batches
 CONFLICT_BELOW = -0.05  # "conflict": phase II starts when their mean cosine falls below this
 # optimisation
 STEPS = 500_000  # 100 epochs of ImageNet
@@ -72,10 +78,13 @@ EMA_DECAY = 0.9999
 MAX_SKIPPED = 20  # steps in a row with a loss that is not finite, after which the run stops
 # speed and memory
 COMPILE = True
+SHARDING = "zero2"  # of weights over GPUs: gathered once a step; "zero3": again for backward; "replicate": not sharded
 ACTIVATION_CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, about 1/3 more compute
 # reports
 LOG_EVERY = 100  # steps; log.csv holds means over them
-CHECKPOINT_EVERY = 50_000
+CHECKPOINT_EVERY = 10_000
+CHECKPOINTS_KEPT = 3  # the last ones
+KEEP_EVERY = 50_000  # steps of which a checkpoint is kept forever; 0: none
 PREVIEW_EVERY = 10_000  # grid of EMA samples; 0: none
 PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler steps
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
@@ -83,12 +92,11 @@ TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
 FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
           "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
-COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "images_per_s",
-           "gradient_cosine", "skipped")
+COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "gradient_cosine",
+           "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# losses
+# ----- losses --------------------------------------------------------------------------------------------------------
 
 
 def interpolate(x, noise, t, path="linear"):
@@ -114,6 +122,28 @@ def attention_loss(student_logits, teacher_logits):
     return torch.stack(losses).mean()
 
 
+def attention_loss_of_qk(student, teacher):
+    """attention_loss of the logits that (queries, keys), each [B, heads, N, head dim], make: two lists of such pairs.
+
+    Logits exist for paired heads alone, beside the fused attention: at 256 tokens as fast on a CPU as attending with
+    them. Above, they are made 256 rows at a time, and again in the backward pass, so that no [N, N] tensor is kept.
+    """
+    def of_rows(q, k, teacher_q, teacher_k):
+        return attention_loss([attention_logits(q, k)], [attention_logits(teacher_q, teacher_k)])
+
+    losses = []
+    for (q, k), (teacher_q, teacher_k) in zip(student, teacher, strict=True):
+        heads, N = min(q.shape[1], teacher_q.shape[1]), q.shape[2]
+        q, k, teacher_q, teacher_k = (each[:, :heads] for each in (q, k, teacher_q, teacher_k))
+        if N <= 256:
+            losses.append(of_rows(q, k, teacher_q, teacher_k))
+        else:
+            parts = zip(q.split(256, dim=2), teacher_q.split(256, dim=2))
+            losses.append(sum(rows.shape[2] / N * checkpoint(of_rows, rows, k, targets, teacher_k, use_reentrant=False)
+                              for rows, targets in parts))
+    return torch.stack(losses).mean()
+
+
 def feature_loss(student_tokens, teacher_tokens):
     """Minus the cosine similarity of tokens [B, N, D], mean over tokens and batch (REPA, arXiv 2410.06940)."""
     if student_tokens.shape != teacher_tokens.shape:
@@ -124,24 +154,31 @@ def feature_loss(student_tokens, teacher_tokens):
     return -(student * teacher).sum(dim=-1).mean()
 
 
-def compute_losses(student, teacher, x, noise, t, y, images):
-    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero."""
+def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
+    """(feature, attention) loss; zero where the student hands out nothing to align."""
+    zero = torch.zeros((), device=teacher_tokens.device)
+    return (zero if features is None else feature_loss(features, teacher_tokens),
+            attention_loss_of_qk(student_qk, teacher_qk) if student_qk else zero)
+
+
+def compute_losses(student, teacher, x, noise, t, y, images, align=alignment_losses):
+    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero.
+
+    align: alignment_losses, or it compiled.
+    """
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
         velocity, _, _ = student(x_t, t, y)
         feature = attention = torch.zeros((), device=x.device)
     else:
-        teacher_tokens, teacher_logits = teacher(images)
+        teacher_tokens, teacher_qk = teacher(images, return_qk=True)
         layers = tuple(s for s, _ in LAYER_PAIRS) if ATTENTION_WEIGHT else ()
-        velocity, student_logits, features = student(x_t, t, y, layers, bool(FEATURE_WEIGHT))
-        zero = torch.zeros((), device=x.device)
-        feature = feature_loss(features, teacher_tokens) if FEATURE_WEIGHT else zero
-        attention = attention_loss(student_logits, teacher_logits) if ATTENTION_WEIGHT else zero
+        velocity, student_qk, features = student(x_t, t, y, layers, bool(FEATURE_WEIGHT), return_qk=True)
+        feature, attention = align(features, student_qk, teacher_tokens, teacher_qk)
     return F.mse_loss(velocity.float(), target), feature, attention
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data order and noise: functions of (SEED, step), so that nothing need be replayed on resume
+# ----- data order and noise: functions of (SEED, step), so that nothing need be replayed on resume --------------------
 
 
 @lru_cache(maxsize=2)
@@ -168,15 +205,34 @@ def open_batches(data, first, last, rank, world):
     order = (batch_indices(step, len(data), rank, world) for step in range(first, last))
     workers = min(WORKERS, os.cpu_count())
     return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-                           prefetch_factor=PREFETCH if workers else None, pin_memory=torch.cuda.is_available()))
+                           pin_memory=torch.cuda.is_available()))
 
 
-def draw_noise(step, shape, rank, world, device):
+def on_device(batches, device):
+    """The batches, on the device. A GPU copies the next one on a stream of its own while it computes with this one."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    computing, copying = torch.cuda.current_stream(), torch.cuda.Stream()
+
+    def copy(batch):
+        with torch.cuda.stream(copying):
+            return [part if part is None else part.to(device, non_blocking=True) for part in batch], copying.record_event()
+
+    for (batch, copied), _ in pairwise(chain(map(copy, batches), [None])):
+        computing.wait_event(copied)
+        for part in batch:
+            if part is not None:
+                part.record_stream(computing)
+        yield batch
+
+
+def draw_noise(step, shape, rank, world, device, stream=1):
     """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1.
 
     Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing.
     """
-    generator = torch.Generator(device).manual_seed(sample.seed_from(SEED, 1, step))
+    generator = torch.Generator(device).manual_seed(sample.seed_from(SEED, stream, step))
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
     uniform = torch.rand(2, BATCH_SIZE, generator=generator, device=device)[:, part]
@@ -191,14 +247,26 @@ def sample_latents(moments, noise, vae_meta):
     return (mean + std * noise) * vae_meta["scale"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# state, settings and checkpoints
+# ----- model and optimiser, settings, checkpoints, logs ---------------------------------------------------------------
 
 
 def make_optimizer(model):
     """AdamW over what trains. Fused: one kernel, and it can skip a step on the device (see the loop)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
+    for p in trained:  # its state from the start, so that a checkpoint can be read into it
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def drop_projector(model, optimizer):
+    """Removes the projector from the model and its weights from the optimiser, whose state of the others stays."""
+    model.projectors = None
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in model.parameters() if p.requires_grad]
+    for p in optimizer.state.keys() - set(group["params"]):
+        del optimizer.state[p]
 
 
 def ema_parameters(model):
@@ -206,13 +274,23 @@ def ema_parameters(model):
     return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
 
 
-def drop_projector(model, optimizer):
-    """Phase II's model and optimiser: the projector is gone, every other parameter keeps its moments."""
-    moments = optimizer.state
-    model.projectors = None
-    optimizer = make_optimizer(model)
-    optimizer.state.update({p: moments[p] for p in optimizer.param_groups[0]["params"] if p in moments})
-    return optimizer
+def run_state(model, optimizer, ema):
+    """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
+               for key, value in optimizer.state[p].items()}
+    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}}
+
+
+def whole(tensor):
+    """The tensor itself, or put together from its shards; every rank takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_ema(ema, rank):
+    """A copy of the EMA in rank 0's host memory; {} elsewhere. Every rank takes part."""
+    averages = ((name, whole(average)) for name, average in ema.items())
+    return {name: average.to("cpu", copy=True) for name, average in averages if rank == 0}
 
 
 def current_settings(data, sit):
@@ -225,29 +303,54 @@ def current_settings(data, sit):
     return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
 
 
-def save_checkpoint(run, settings, step, aligning, cosine, model, ema, optimizer, meters):
-    """Writes checkpoints/step_N.pt (everything needed to go on) and ema.safetensors (what sample.py needs)."""
-    text = json.dumps(settings)
-    state = dict(settings=text, step=step, aligning=aligning, cosine=cosine, model=model.state_dict(), ema=ema,
-                 optimizer=optimizer.state_dict(), meters=meters)
-    write_atomically(run / "checkpoints" / f"step_{step:07d}.pt", lambda path: torch.save(state, path))
-    write_atomically(run / "ema.safetensors", lambda path: save_file(ema, path, metadata=dict(settings=text)))
+def save_checkpoint(run, settings, progress, tensors, ema, group):
+    """Copies the tensors, and writes checkpoints/step_N while training goes on; returns a future.
+
+    Every rank writes its shards of `tensors` (torch.distributed.checkpoint over the process group), rank 0 the rest and
+    `ema`, which it alone has. The folder gets its name when all is there; then old ones go. Where writing fails the
+    future raises OSError, and what stood before stands.
+    """
+    folder = run / "checkpoints" / f"step_{progress['step']:07d}"
+    unfinished = folder.with_suffix(".tmp")
+    writing = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=group, no_dist=group is None)
+
+    def finish():
+        try:
+            writing.result()
+            if ema:
+                save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
+                (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
+                os.replace(unfinished, folder)
+                write_atomically(run / "ema.safetensors", lambda path: shutil.copyfile(folder / "ema.safetensors", path))
+                for old in finished_checkpoints(run)[:-CHECKPOINTS_KEPT]:
+                    if not KEEP_EVERY or int(old.name.removeprefix("step_")) % KEEP_EVERY:
+                        shutil.rmtree(old)
+        except (OSError, CheckpointException, SafetensorError) as error:
+            if ema:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(str(error).strip().splitlines()[-1]) from error
+
+    return ThreadPoolExecutor(1).submit(finish)
 
 
-def load_checkpoint(run, settings):
-    """The newest checkpoint's state on the CPU, or None where the run is new.
+def finished_checkpoints(run):
+    """Folders of whole checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 7))
+
+
+def find_checkpoint(run, settings):
+    """(folder, progress) of the newest checkpoint; (None, None) where the run is new.
 
     Raises ValueError if it is damaged or belongs to other settings.
     """
-    found = sorted((run / "checkpoints").glob("step_*.pt"))
+    found = finished_checkpoints(run)
     if not found:
-        return None
+        return None, None
     try:
-        state = torch.load(found[-1], map_location="cpu", weights_only=True, mmap=True)
-        saved = json.loads(state["settings"])
-    except Exception as error:  # zip, pickle and torch raise many kinds for a damaged file
-        raise ValueError(f"{found[-1]}: damaged checkpoint ({type(error).__name__}); delete it to resume from the one "
-                         f"before, if there is one") from error
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        saved = progress.pop("settings")
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(found[-1], error) from error
     differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in FROZEN
                  if saved.get(key) != settings[key]]
     differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
@@ -255,7 +358,29 @@ def load_checkpoint(run, settings):
     if differing:
         raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
                          f"or choose another RUN_DIR")
-    return state
+    return found[-1], progress
+
+
+def load_checkpoint(folder, tensors, world):
+    """Reads the checkpoint into the tensors, whatever number of processes wrote it. Raises ValueError if damaged."""
+    try:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=world == 1)
+    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
+        raise damaged(folder, error) from error
+
+
+def damaged(folder, error):
+    return ValueError(f"{folder}: damaged checkpoint ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); "
+                      f"delete it to resume from the one before, if there is one")
+
+
+def append(path, line):
+    """Adds a line to a log; on a full disk the run goes on without it."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        tqdm.write(f"{path}: {error.strerror}; the run goes on")
 
 
 def truncate_log(path, step):
@@ -282,15 +407,17 @@ def open_tracker(run, settings):
 def check_settings(data, world):
     """Raises ValueError for settings that could only fail later."""
     for name, value, choices in (("MODEL", MODEL, MODELS), ("PATH", PATH, ("linear", "cosine")),
-                                 ("TRIGGER", TRIGGER, ("steps", "conflict")),
+                                 ("TRIGGER", TRIGGER, ("step", "conflict")),
+                                 ("SHARDING", SHARDING, ("zero2", "zero3", "replicate")),
                                  ("TRACKER", TRACKER, (None, "tensorboard", "wandb"))):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, choices))}")
     if TRACKER and importlib.util.find_spec(TRACKER) is None:
         raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
-    if BATCH_SIZE % (world * MICRO_BATCHES):
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} is no multiple of {world} processes times MICRO_BATCHES "
-                         f"{MICRO_BATCHES}")
+    parts = world * MICRO_BATCHES
+    if BATCH_SIZE % parts:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} "
+                         f"MICRO_BATCHES; the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
     if MIRROR and data.mirrored is None:
         raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
@@ -302,62 +429,68 @@ def check_settings(data, world):
                          f"set ATTENTION_WEIGHT to 0 for none")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measurements beside the training step
+# ----- measurements beside the training step --------------------------------------------------------------------------
 
 
-def gradient_cosine(model, teacher, data, rank, world, device, autocast):
+def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
-    HASTE's measure of when the teacher starts to hinder: over the first CONFLICT_IMAGES images of an order of its own,
-    at each time in CONFLICT_TIMES. Deterministic, the same for any number of GPUs.
+    HASTE's measure of when the teacher starts to hinder: on the first CONFLICT_IMAGES images of the run (in whole
+    batches, at least one) at each time in CONFLICT_TIMES. The same on all ranks, for any number of them; leaves no
+    gradient behind.
     """
     block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
-    count = min(CONFLICT_IMAGES, len(data))
-    chosen = np.array_split(permutation(SEED, 2**31, len(data))[:count], world)[rank]
+    batches = list(on_device(open_batches(data, 0, max(1, CONFLICT_IMAGES // BATCH_SIZE), rank, world), device))
     cosines = []
     for t in CONFLICT_TIMES:
-        gradients = torch.zeros(2, sum(p.numel() for p in block), device=device)
-        for part in np.array_split(chosen, -(-len(chosen) // max(1, BATCH_SIZE // world // MICRO_BATCHES))):
-            moments, labels, images = (tensor.to(device) for tensor in data[part])
-            noise = sample.IndexedNoise(sample.seed_from(SEED, 2), part).draw((2, *data.shape)).to(device)
-            x = sample_latents(moments, noise[:, 0], data.vae)
-            with autocast():
-                denoising, feature, attention = compute_losses(
-                    model, teacher, x, noise[:, 1], torch.full((len(part),), t, device=device), labels, images)
-            alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
-            for row, loss in enumerate((denoising, alignment)):
-                gradients[row] += parameters_to_vector(torch.autograd.grad(
-                    loss * len(part), block, retain_graph=row == 0, materialize_grads=True))
-        if world > 1:
-            dist.all_reduce(gradients)
-        cosines.append(F.cosine_similarity(gradients[0], gradients[1], dim=0))
-    return torch.stack(cosines).mean().item()
+        gradients = []
+        for aligned in (False, True):
+            for i, (moments, labels, images) in enumerate(batches):
+                posterior_noise, noise, _, _ = draw_noise(i, data.shape, rank, world, device, stream=2)
+                x = sample_latents(moments, posterior_noise, data.vae)
+                for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
+                    with autocast():
+                        denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise,
+                                                                       torch.full_like(x[:, 0, 0, 0], t), y, images, align)
+                    (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
+            gradients.append(parameters_to_vector([whole(torch.zeros_like(p) if p.grad is None else p.grad)
+                                                   for p in block]))
+            model.zero_grad(set_to_none=True)
+        cosines.append(F.cosine_similarity(*gradients, dim=0))
+    mean = torch.stack(cosines).mean()
+    if world > 1:
+        dist.broadcast(mean, 0)
+    return mean.item()
 
 
-def save_preview(path, model, ema, vae, data, device, autocast):
-    """Grid of EMA samples, always from the same noise so that previews can be compared: rows are classes."""
-    rows, columns = min(PREVIEW_GRID[0], len(data.classes)), PREVIEW_GRID[1]
-    noise = sample.IndexedNoise(SEED, range(rows * columns)).draw(data.shape)
-    y = torch.linspace(0, len(data.classes) - 1, rows).round().long().repeat_interleave(columns)
-
-    def velocity(x, t, y):
-        with autocast():
-            return functional_call(model, ema, (x, t, y))[0]
-
-    images = []
-    for row_noise, row_y in zip(noise.split(columns), y.split(columns)):
-        latents = sample.sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=PREVIEW_STEPS,
-                                    null=model.num_classes, path=PATH)
-        images.append(sample.to_bytes(latents, vae, data.vae and data.vae["scale"]))
-    sample.save_grid(torch.cat(images), columns, path)
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for it
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def peak_gib(device):
+    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ----- the run --------------------------------------------------------------------------------------------------------
 
 
 def main():
-    # processes and device
+    # processes and device; several nodes: weights sharded inside each, replicated between them
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -366,68 +499,62 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    precision = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    warnings.filterwarnings("ignore", "torch.distributed is")  # checkpoints of one process: meant so
 
-    # data: phase II never opens the images
+    # data, and where the run stands: phase II never opens the images
     data = PreparedDataset(DATA_DIR, with_images=False)
     check_settings(data, world)
-
-    # teacher, if this run starts with phase I: at the student's grid, whatever the size of the images
-    aligned = ALIGN_STEPS > 0 and (FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0)
     sit = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], num_classes=len(data.classes),
                class_dropout_prob=LABEL_DROPOUT, align_depth=ALIGN_DEPTH, teacher_dim=None)
-    settings = current_settings(data, sit)
-    run = Path(RUN_DIR)
-    state = load_checkpoint(run, settings)
-    step = state["step"] if state else 0
-    aligning = state["aligning"] if state else aligned  # phase I; once False it stays False
-    cosine = state["cosine"] if state else None  # of the gradients, when last measured
-    teacher = None
-    if aligning and step < ALIGN_STEPS:
+    settings, run = current_settings(data, sit), Path(RUN_DIR)
+    saved, progress = find_checkpoint(run, settings)
+    progress = progress or dict(step=0, aligning=FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0, cosine=None)
+    step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
+
+    def phase_one_is_over():
+        return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
+
+    aligning = aligning and not phase_one_is_over()  # phase I; once False it stays False
+
+    # teacher, if this run starts in phase I
+    teacher, align = None, alignment_losses
+    if aligning:
         data = PreparedDataset(DATA_DIR)
-        network = load_network(TEACHER)
-        patch = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else 1
-        teacher_layers = [layer for _, layer in LAYER_PAIRS] if ATTENTION_WEIGHT else []
-        teacher = Teacher(network, teacher_layers, input_size=data.shape[1] // sit["patch_size"] * patch).to(device)
+        layers = [layer for _, layer in LAYER_PAIRS] if ATTENTION_WEIGHT else []
+        teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // sit["patch_size"]).to(device)
     vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
     torch.manual_seed(sample.seed_from(SEED, 3))
-    teacher_dim = None
-    if aligning and FEATURE_WEIGHT:
-        teacher_dim = state["model"]["projectors.0.4.bias"].shape[0] if state else teacher.dim
+    teacher_dim = teacher.dim if aligning and FEATURE_WEIGHT else None
     model = build(MODEL, **{**sit, "teacher_dim": teacher_dim}).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
+    flops = flops_per_image(model, teacher)
+    if COMPILE:  # by block: one compilation serves all of them, and FSDP gathers between them
+        for part in (*model.blocks, model.final_layer):
+            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+        if aligning:
+            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
+            align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
+    shards = 1
+    if world > 1:  # several nodes: sharded inside each, replicated between them
+        shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        shard(model, device, world // shards, shards, precision, gather_again=SHARDING == "zero3")
     optimizer = make_optimizer(model)
     ema = {name: p.detach().clone() for name, p in ema_parameters(model).items()}
     update_ema = get_ema_multi_avg_fn(EMA_DECAY)
     meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:  # the constants of now, not those of the checkpoint
-            group.update(lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        for name, value in state["ema"].items():
-            ema[name].copy_(value)
-        meters.copy_(state["meters"])
-        state = None
-
-    def prepare_step(model):
-        """What the loop calls: the model, replicated and compiled. Called at the start and once at the switch."""
-        student = DistributedDataParallel(model) if world > 1 else model
-        return torch.compile(student) if COMPILE else student
-
-    student = prepare_step(model)
-    if teacher is not None and COMPILE:
-        teacher = torch.compile(teacher)
+    if saved:
+        load_checkpoint(saved, dict(run_state(model, optimizer, ema), meters=meters), world)
 
     # run folder: what is needed to repeat the run
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "previews").mkdir(exist_ok=True)
         for unfinished in run.rglob("*.tmp*"):  # what a killed run was writing
-            unfinished.unlink()
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
         truncate_log(run / "log.csv", step)
@@ -436,55 +563,63 @@ def main():
     def log(text):
         if rank == 0:
             tqdm.write(text)
-            with open(run / "log.txt", "a") as file:
-                file.write(text + "\n")
+            append(run / "log.txt", text)
 
-    # Ctrl-C or SIGTERM: finish the step, save, leave. A second one kills.
+    # Ctrl-C, SIGTERM or SIGUSR1 to any process: finish the step, save, leave. A second one kills.
     stop_signals = []
 
     def request_stop(number, _):
         stop_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop_group = dist.new_group(backend="gloo") if world > 1 else None  # on the host: no wait for the GPU
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+    handlers = {number: signal.signal(number, request_stop) for number in numbers}
+    # on the host, without a wait for the GPU; one for the loop, one for the thread that writes checkpoints
+    stop_group, saving_group = [dist.new_group(backend="gloo") if world > 1 else None for _ in range(2)]
 
-    def stop_requested(step):
-        """Ranks must leave at the same step, so with several they agree, every tenth step."""
+    def stop_requested():
         if world == 1:
             return bool(stop_signals)
-        if step % 10:
+        if step % 10:  # ranks must leave at the same step, so they agree, every tenth
             return False
         requested = torch.tensor(len(stop_signals))
         dist.all_reduce(requested, group=stop_group)
         return requested.item() > 0
 
-    micro = BATCH_SIZE // world // MICRO_BATCHES
-    parameters = sum(p.numel() for p in model.parameters())
-    log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, "
-        f"{'bf16' if use_bf16 else 'float32'}, phase {'I' if aligning else 'II'} from step {step:,}")
-    batches = open_batches(data, step, ALIGN_STEPS if aligning else STEPS, rank, world) if step < STEPS else None
+    # what the run will cost
+    micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
+    peak_rate = world * matrix_rate(device, precision)
+    kept = 4 if ACTIVATION_CHECKPOINTING else 60 if precision == torch.bfloat16 else 80
+    memory = 20 * parameters / shards + kept * micro * len(model.blocks) * model.pos_embed.numel()
+    log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
+        f"phase {'I' if aligning else 'II'} from step {step:,}\n"
+        f"estimate: {memory / 2**30:.1f} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
+        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {1000 * BATCH_SIZE * flops / (peak_rate / 2) / 60:.0f} minutes")
+
+    def open_all(first, last):
+        return on_device(open_batches(data, first, last, rank, world), device)
+
+    batches = open_all(step, ALIGN_STEPS if aligning else STEPS) if step < STEPS else None
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
-    logged_step, clock = step, time.perf_counter()
+    logged_step, clock, stopping = step, time.perf_counter(), False
+    saving = None  # the checkpoint that is being written
 
     while step < STEPS:
         # the switch: teacher, projector and images go for good
-        conflict = TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW
-        if aligning and (step >= ALIGN_STEPS or conflict):
-            aligning, teacher = False, None
-            optimizer = drop_projector(model, optimizer)
-            torch.compiler.reset()
-            student = prepare_step(model)
+        if aligning and phase_one_is_over():
+            aligning, teacher, align = False, None, None
+            drop_projector(model, optimizer)
+            flops = flops_per_image(model, teacher)
             data = PreparedDataset(DATA_DIR, with_images=False)
-            batches = open_batches(data, step, STEPS, rank, world)
+            batches = open_all(step, STEPS)
+            gc.collect()  # a compiled teacher refers to itself
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             log(f"step {step:,}: phase II, plain SiT; teacher and projector are gone")
 
         # ----- the training step ---------------------------------------------------------------------------------
-        moments, labels, images = next(batches)
-        moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = images.to(device, non_blocking=True) if aligning else None  # uint8 [B, 3, H, W]
+        moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
         posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
         y = torch.where(drop < LABEL_DROPOUT, model.num_classes, labels)
@@ -492,28 +627,28 @@ def main():
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
-            last = i + 1 == MICRO_BATCHES
-            with nullcontext() if last or world == 1 else student.no_sync():  # ranks exchange gradients once a step
-                with autocast():
-                    losses = compute_losses(student, teacher, x[part], noise[part], t[part], y[part],
-                                            images[part] if aligning else None)
-                denoising, feature, attention = losses
-                loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
-                (loss / MICRO_BATCHES).backward()
+            if world > 1:  # ranks exchange gradients once a step
+                model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
+            with autocast():
+                losses = compute_losses(model, teacher, x[part], noise[part], t[part], y[part],
+                                        images[part] if aligning else None, align)
+            denoising, feature, attention = losses
+            loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
+            (loss / MICRO_BATCHES).backward()
             step_losses += torch.stack(losses).detach() / MICRO_BATCHES
-
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        bad = (~torch.isfinite(step_losses.sum() + grad_norm)).float()
         if world > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+            dist.all_reduce(step_losses)
+            step_losses /= world
+
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP))
+        bad = (~torch.isfinite(step_losses.sum() + grad_norm)).float()  # the same on all ranks
         optimizer.found_inf = bad  # 1: the fused step changes nothing, decided on the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(list(ema.values()), list(ema_parameters(model).values()), None)
 
         # meters: sums of 3 losses and the gradient norm over good steps, their count; skipped: in a row, most, in all
-        good_values = torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
-        meters[:5] += good_values
+        meters[:5] += torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
         meters[5] = (meters[5] + bad) * bad
         meters[6] = torch.maximum(meters[5], meters[6])
         meters[7] += bad
@@ -523,49 +658,56 @@ def main():
         bar.update()
         if CONFLICT_EVERY and aligning and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
-            cosine = gradient_cosine(model, teacher, data, rank, world, device, autocast)
+            cosine = gradient_cosine(model, teacher, align, data, rank, world, device, autocast)
             log(f"step {step:,}: gradient cosine {cosine:+.3f} between denoising and alignment loss")
-            clock += time.perf_counter() - paused
+            clock += time.perf_counter() - paused  # no training time
 
         if step % LOG_EVERY == 0 or step == STEPS or (aligning and step == ALIGN_STEPS):
-            if world > 1:
-                dist.all_reduce(meters[:3], op=dist.ReduceOp.SUM)
-                meters[:3] /= world
             *sums, good, _, in_a_row, skipped = meters.tolist()  # the only wait for the device
-            now = time.perf_counter()
-            denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
-            row = dict(step=step, phase=1 if aligning else 2, denoising_loss=denoising, feature_loss=feature,
-                       attention_loss=attention, grad_norm=norm,
-                       images_per_s=(step - logged_step) * BATCH_SIZE / (now - clock),
-                       gradient_cosine=cosine, skipped=int(skipped))
             meters[:5], meters[6] = 0, meters[5]
-            logged_step, clock = step, now
+            now = time.perf_counter()
+            seconds, logged_step, clock = (now - clock) / (step - logged_step), step, now  # per step
+            images_per_s = BATCH_SIZE / seconds
+            denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
+            row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
+                   seconds * 1000, images_per_s * flops / peak_rate, peak_gib(device))
             if rank == 0:
-                with open(run / "log.csv", "a", newline="") as file:
-                    csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-                track(step, {key: value for key, value in row.items() if value is not None})
-                bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
-                                    f"{row['images_per_s']:.0f} img/s")
+                append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
+                track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
+            bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
+                                f"{images_per_s:.0f} img/s, {images_per_s * flops / peak_rate:.0%} MFU")
             if in_a_row >= MAX_SKIPPED:
                 raise FloatingPointError(f"step {step}: the loss was not finite in {int(in_a_row)} steps in a row; the "
                                          f"last checkpoint is untouched: lower LEARNING_RATE or look at {DATA_DIR}")
 
-        stopping = stop_requested(step)
-        paused = time.perf_counter()
-        if rank == 0 and PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
-            save_preview(run / "previews" / f"step_{step:07d}.png", model, ema, vae, data, device, autocast)
-        if rank == 0 and (step % CHECKPOINT_EVERY == 0 or step == STEPS or stopping):
-            save_checkpoint(run, settings, step, aligning, cosine, model, ema, optimizer, meters)
+        stopping, paused = stop_requested(), time.perf_counter()
+        if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
+            weights = whole_ema(ema, rank)
+            if rank == 0:
+                sample.save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
+                                    PREVIEW_STEPS, SEED)
+        if step % CHECKPOINT_EVERY == 0 or step == STEPS or stopping:
+            if saving is not None:
+                saving.exception()  # waits for the one before
+            saving = save_checkpoint(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
+                                     dict(run_state(model, optimizer, ema), meters=meters), whole_ema(ema, rank),
+                                     saving_group)
+            saving.add_done_callback(lambda future, step=step: future.exception() and log(
+                f"step {step:,}: checkpoint not written ({future.exception()}); the one before stays, the run goes on"))
         clock += time.perf_counter() - paused
         if stopping:
-            log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
             break
 
     bar.close()
-    if step == STEPS:
-        log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py")
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if saving is not None and saving.exception():
+        raise OSError(f"step {step}: checkpoint not written ({saving.exception()}); make room in {run} and run the same "
+                      f"command again: it resumes from the checkpoint before")
+    if stopping:
+        log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
+    elif step == STEPS:
+        log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py")
     if world > 1:
         dist.destroy_process_group()
 
@@ -573,5 +715,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError) as error:  # bad input: its one line says what, where and the remedy
+    except (ValueError, OSError, FloatingPointError) as error:  # its one line says what, where and the remedy
         sys.exit(f"train.py: {error}")

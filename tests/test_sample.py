@@ -114,7 +114,7 @@ def test_grid_alone(draw):
 
 def test_a_checkpoint_of_the_run_gives_the_same_samples(draw, run_dir):
     expected, _ = draw("a")
-    assert np.array_equal(draw("b", CHECKPOINT=str(run_dir / "checkpoints/step_0000004.pt"))[0], expected)
+    assert np.array_equal(draw("b", CHECKPOINT=str(run_dir / "checkpoints/step_0000004/ema.safetensors"))[0], expected)
 
 
 def test_published_checkpoints_load(tmp_path):
@@ -133,7 +133,7 @@ def test_published_checkpoints_load(tmp_path):
 def test_bad_input_is_refused(draw, run_dir, tmp_path):
     with pytest.raises(ValueError, match="ema.safetensors: no such file; train first"):
         draw("x", RUN_DIR=str(tmp_path / "absent"))
-    for name, source in (("ema.safetensors", run_dir / "ema.safetensors"), ("c.pt", run_dir / "checkpoints/step_0000004.pt")):
+    for name, source in (("ema.safetensors", run_dir / "ema.safetensors"), ("c.pt", run_dir / "checkpoints/step_0000004/ema.safetensors")):
         (tmp_path / name).write_bytes(source.read_bytes()[:3000])
         with pytest.raises(ValueError, match=f"{name}: not a SiT checkpoint, or damaged"):
             draw("x", CHECKPOINT=str(tmp_path / name))

@@ -78,8 +78,8 @@ def test_logits_of_no_other_layer(monkeypatch):
     network = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
     frozen = Teacher(network, (2,), 32)
     explicit = []
-    original = teacher.attention_with_logits
-    monkeypatch.setattr(teacher, "attention_with_logits", lambda attn, x: (explicit.append(attn), original(attn, x))[1])
+    original = teacher.attention_with_qk
+    monkeypatch.setattr(teacher, "attention_with_qk", lambda attn, x: (explicit.append(attn), original(attn, x))[1])
     frozen(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert explicit == [network.blocks[2].attn]
 

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, small_constants
 from test_model import ShapeRecorder
 
@@ -72,7 +74,16 @@ def read_log(run):
 
 
 def final_state(run, step=12):
-    return torch.load(Path(run) / f"checkpoints/step_{step:07d}.pt", weights_only=True)
+    """A checkpoint as {"model": {name: tensor}, "optimizer": ..., "ema": ..., "progress": ...}, whoever wrote it."""
+    folder = Path(run) / f"checkpoints/step_{step:07d}"
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype)
+               for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    state = {"progress": json.loads((folder / "progress.json").read_text())}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        state.setdefault(group, {})[name] = tensor
+    return state
 
 
 def assert_same_state(a, b, path="state"):
@@ -100,13 +111,16 @@ def assert_close_models(a, b):
 
 
 def test_run_through_both_phases(small_run, capsys):
-    run = small_run(PREVIEW_EVERY=6, PREVIEW_STEPS=2, WORKERS=2)
+    run = small_run(PREVIEW_EVERY=6, PREVIEW_STEPS=2, WORKERS=2, KEEP_EVERY=6)
     train.main()
     log = read_log(run)
     assert [row["step"] for row in log] == ["3", "6", "9", "12"] and [row["phase"] for row in log] == ["1", "1", "2", "2"]
     assert all(float(row["attention_loss"]) > 1 and float(row["feature_loss"]) != 0 for row in log[:2])
     assert all(float(row["attention_loss"]) == 0 == float(row["feature_loss"]) for row in log[2:])
     assert float(log[3]["denoising_loss"]) < float(log[0]["denoising_loss"])
+    for row in log:
+        assert float(row["images_per_s"]) == pytest.approx(8 / float(row["step_ms"]) * 1000)
+        assert 0 < float(row["mfu"]) < 1 and 0.1 < float(row["peak_gib"]) < 16
     text = capsys.readouterr().out
     assert text.count("phase II, plain SiT") == 1 and "step 6: phase II" in text
     assert (run / "log.txt").read_text().count("phase II, plain SiT") == 1
@@ -115,8 +129,10 @@ def test_run_through_both_phases(small_run, capsys):
     assert settings["ALIGN_STEPS"] == 6 and settings["sit"]["num_classes"] == 10 and settings["data"]["count"] == 200
     assert (run / "train.py").read_text() == (ROOT / "train.py").read_text()
     state = final_state(run)
-    assert not any("projectors" in key for key in [*state["model"], *state["ema"]]) and not state["aligning"]
+    assert not any("projectors" in key for key in [*state["model"], *state["ema"]]) and not state["progress"]["aligning"]
     assert any("projectors" in key for key in final_state(run, 6)["model"])
+    # the last three, and every sixth for good
+    assert sorted(path.name[-2:] for path in (run / "checkpoints").iterdir()) == ["06", "08", "10", "12"]
     model, _ = sample.load_model(run / "ema.safetensors")
     assert all(torch.equal(value, state["ema"][key]) for key, value in model.state_dict().items())
     assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
@@ -129,10 +145,10 @@ for name, value in json.loads(sys.argv[1]).items():
     setattr(train, name, [tuple(v) for v in value] if name == "LAYER_PAIRS" else value)
 number, at = int(sys.argv[2]), int(sys.argv[3])
 draw_noise = train.draw_noise
-def kill_in_the_middle_of_a_step(step, *args):
+def kill_in_the_middle_of_a_step(step, *args, **options):
     if step == at:
         os.kill(os.getpid(), number)
-    return draw_noise(step, *args)
+    return draw_noise(step, *args, **options)
 train.draw_noise = kill_in_the_middle_of_a_step
 train.main()
 """
@@ -163,7 +179,7 @@ def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_pr
     resumed = run_process(tmp_path / "killed", **constants)
     assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
-    timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(tmp_path / name)]
+    timeless = [[{k: v for k, v in row.items() if k not in ("images_per_s", "step_ms", "mfu", "peak_gib")} for row in read_log(tmp_path / name)]
                 for name in ("whole", "killed")]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 4
 
@@ -173,7 +189,7 @@ def test_a_signal_saves_and_exits(run_process, tmp_path, number):
     stopped = run_process(tmp_path / "run", number, 4, CHECKPOINT_EVERY=100, WORKERS=1)
     assert stopped.returncode == 0, stopped.stderr
     assert "step 5: stopped by a signal and saved; the same command resumes" in stopped.stdout
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000005.pt"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000005"]
 
 
 def test_interrupted_between_log_lines_resumes_bit_exact(small_run, monkeypatch, tmp_path):
@@ -229,7 +245,7 @@ def test_a_run_resumed_in_phase_two_never_loads_the_teacher(small_run, monkeypat
     small_run(STEPS=8)
     train.main()
     small_run(STEPS=12)
-    monkeypatch.setattr(train, "load_network", lambda name: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(train, "teacher_for_grid", lambda *args, **options: pytest.fail("the teacher was loaded"))
     train.main()
 
 
@@ -267,20 +283,26 @@ def test_activation_checkpointing_and_cosine_path_run(small_run, tmp_path):
     assert_same_state(*states)
 
 
-def test_the_model_is_compiled_at_the_start_and_once_at_the_switch(small_run, monkeypatch):
-    compiled, at, draw_noise, compile = [], [], train.draw_noise, torch.compile
+def test_one_compilation_a_phase_without_graph_breaks(small_run, monkeypatch):
+    """By the compiler's own counters. The gradients' cosine in phase I compiles nothing either."""
+    counters, graphs, draw_noise = torch._dynamo.utils.counters, {}, train.draw_noise
 
-    def backend(graph, inputs):
-        compiled.append(at[-1])
-        return graph.forward
+    def watch(step, *args, **options):
+        graphs.setdefault(step, counters["stats"]["unique_graphs"])
+        return draw_noise(step, *args, **options)
 
-    monkeypatch.setattr(train, "draw_noise", lambda step, *args: (at.append(step), draw_noise(step, *args))[1])
-    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
-    run = small_run(COMPILE=True)
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(train, "draw_noise", watch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = small_run(COMPILE=True, MICRO_BATCHES=2, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=8)
     train.main()
-    assert compiled.count(0) == 2 and compiled.count(6) == 1 and len(compiled) == 3  # teacher and student; student
-    monkeypatch.setattr(torch, "compile", compile)
-    eager = small_run(RUN_DIR=f"{run}-eager")
+    assert graphs[0] == 0 and 0 < graphs[1] <= 6  # a block with and without queries, final layer, teacher, losses
+    assert all(graphs[step] == graphs[1] for step in range(1, 7))
+    assert graphs[7] <= graphs[6] + 1 and all(graphs[step] == graphs[7] for step in range(7, 12))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs[11]
+    monkeypatch.undo()
+    eager = small_run(RUN_DIR=f"{run}-eager", MICRO_BATCHES=2)
     train.main()
     for a, b in zip(read_log(run), read_log(eager), strict=True):
         assert float(a["denoising_loss"]) == pytest.approx(float(b["denoising_loss"]), rel=1e-3)
@@ -304,7 +326,7 @@ def test_two_processes_train_like_one(run_process, tmp_path):
 def test_two_processes_stop_together_on_a_signal(run_process, tmp_path):
     stopped = run_process(tmp_path / "run", signal.SIGTERM, 3, processes=2, STEPS=40, ALIGN_STEPS=20, CHECKPOINT_EVERY=100)
     assert "step 10: stopped by a signal and saved" in stopped.stdout, stopped.stderr
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000010.pt"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000010"]
 
 
 def poisoned_data(data_dir, folder, poisoned):
@@ -334,7 +356,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(small_run, data_dir, tmp_p
     run = small_run(DATA_DIR=data, MAX_SKIPPED=3, LOG_EVERY=10, STEPS=20, CHECKPOINT_EVERY=5)
     with pytest.raises(FloatingPointError, match="step 10: the loss was not finite in 4 steps in a row"):
         train.main()
-    assert (run / "checkpoints/step_0000005.pt").exists()
+    assert (run / "checkpoints/step_0000005").exists()
 
 
 def test_conflict_trigger_ends_phase_one_once(small_run, capsys):
@@ -396,7 +418,7 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
     (dict(MODEL="SiT-S/8"), "input_size 28 is no multiple of patch_size 8; choose a model whose patch divides it"),
     (dict(PATH="straight"), "unknown PATH 'straight'"),
     (dict(TRIGGER="moon"), "unknown TRIGGER 'moon'"),
-    (dict(BATCH_SIZE=9, MICRO_BATCHES=2), "BATCH_SIZE 9 is no multiple of 1 processes times MICRO_BATCHES 2"),
+    (dict(BATCH_SIZE=9, MICRO_BATCHES=2), "BATCH_SIZE 9 does not divide among 1 processes times 2 MICRO_BATCHES; the nearest that does is 8"),
     (dict(LAYER_PAIRS=[(6, 2)]), r"LAYER_PAIRS \[\(6, 2\)\]: the student layers must lie in 0\.\.5"),
     (dict(LAYER_PAIRS=[(1, 4)]), r"teacher layers \[4\] must lie in 0\.\.3; change LAYER_PAIRS"),
     (dict(ALIGN_DEPTH=7), r"align_depth 7 is not one of the model's blocks 1\.\.6"),
@@ -425,13 +447,16 @@ def test_half_written_data_set_is_refused(small_run, data_dir, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(small_run):
     run = small_run(STEPS=4)
     train.main()
-    newest = run / "checkpoints/step_0000004.pt"
-    newest.write_bytes(newest.read_bytes()[:10_000])
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="step_0000004.pt: damaged checkpoint .* delete it to resume from the one before"):
-        train.main()
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    newest.unlink()
+    newest = run / "checkpoints/step_0000004"
+    for name, size in (("__0_0.distcp", 10_000), (".metadata", 1000), ("progress.json", 300), ("progress.json", 0)):
+        file, intact = newest / name, (newest / name).read_bytes()
+        file.write_bytes(intact[:size])
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="step_0000004: damaged checkpoint .* delete it to resume from the one before"):
+            train.main()
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        file.write_bytes(intact)
+    shutil.rmtree(newest)
     train.main()
     assert newest.exists()
 
@@ -454,7 +479,8 @@ def test_other_settings_or_data_are_refused_on_resume(small_run, data_dir, tmp_p
         train.main()
     small_run(STEPS=4, LEARNING_RATE=1e-5, SEED=0)  # may change in mid-run, and takes effect
     train.main()
-    assert final_state(train.RUN_DIR, 4)["optimizer"]["param_groups"][0]["lr"] == 1e-5
+    before, after = (final_state(train.RUN_DIR, step)["model"] for step in (2, 4))
+    assert 0 < max((after[name] - before[name]).abs().max() for name in before) < 1e-4
 
 
 def test_scripts_end_bad_input_with_one_line(tmp_path):
