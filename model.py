@@ -8,13 +8,23 @@ well, from which the logits are computed: no other block has any. Parameter name
 published SiT, REPA and HASTE checkpoints.
 """
 
+import json
 import math
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # name: depth, hidden size, heads
@@ -262,12 +272,15 @@ def build(name, **overrides):
     return SiT(**{**MODELS[name], **overrides})
 
 
-def flops_per_image(model, teacher):
-    """FLOPs of a training step per image, those that MFU = flops_per_image * images/s / (peak FLOP/s of all GPUs) counts.
+# ----- training at scale: speed, shards, checkpoints ------------------------------------------------------------------
 
-    The products in transformer blocks of depth L and width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student
-    three times (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do
-    embedders, projector and alignment losses: 2 % in phase I of SiT-XL/2.
+
+def flops_per_image(model, teacher):
+    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
+
+    The products of L transformer blocks of width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student three times
+    (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do embedders,
+    projector and alignment losses: 2 % in phase I of SiT-XL/2.
     """
     def forward(depth, N, D):
         return depth * (24 * N * D**2 + 4 * N**2 * D)
@@ -277,6 +290,29 @@ def flops_per_image(model, teacher):
     if teacher is not None:
         flops += forward(len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim)
     return flops
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product in this process, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for it
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
+
+
+def peak_gib(device):
+    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def shard(model, device, replicas, shards, dtype, gather_again):
@@ -293,3 +329,72 @@ def shard(model, device, replicas, shards, dtype, gather_again):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=gather_again)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
                 reshard_after_forward=gather_again)
+
+
+def run_state(model, optimizer, ema):
+    """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
+               for key, value in optimizer.state[p].items()}
+    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}}
+
+
+def whole(tensor):
+    """The tensor itself, or put together from its shards; every rank takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_ema(ema, rank):
+    """A copy of the EMA in rank 0's host memory; {} elsewhere. Every rank takes part."""
+    averages = ((name, whole(average)) for name, average in ema.items())
+    return {name: average.to("cpu", copy=True) for name, average in averages if rank == 0}
+
+
+def finished_checkpoints(run):
+    """Folders of whole checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 7))
+
+
+def save_checkpoint(run, settings, progress, tensors, ema, group, keep_last, keep_every):
+    """Copies the tensors, and writes checkpoints/step_N while training goes on; returns a future.
+
+    Every rank writes its shards of `tensors` (torch.distributed.checkpoint over the process group), rank 0 the rest and
+    `ema`, which it alone has. The folder gets its name when all is there; then old ones go. Where writing fails the
+    future raises OSError, and what stood before stands. keep_every: of these steps, checkpoints stay; 0: none.
+    """
+    folder = run / "checkpoints" / f"step_{progress['step']:07d}"
+    unfinished = folder.with_suffix(".tmp")
+    writing = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=group, no_dist=group is None)
+
+    def finish():
+        try:
+            writing.result()
+            if ema:
+                save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
+                (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
+                os.replace(unfinished, folder)
+                for old in finished_checkpoints(run)[:-keep_last]:
+                    if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+                        shutil.rmtree(old)
+                latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
+                os.replace(latest, run / "ema.safetensors")
+        except (OSError, CheckpointException, SafetensorError) as error:
+            if ema:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(str(error).strip().splitlines()[-1]) from error
+
+    return ThreadPoolExecutor(1).submit(finish)
+
+
+def load_checkpoint(folder, tensors, world):
+    """Reads the checkpoint into the tensors, whatever number of processes wrote it. Raises ValueError if damaged."""
+    try:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=world == 1)
+    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
+        raise damaged(folder, error) from error
+
+
+def damaged(folder, error):
+    """The ValueError for a checkpoint that cannot be read."""
+    return ValueError(f"{folder}: damaged checkpoint ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); "
+                      f"delete it to resume from the one before, if there is one")

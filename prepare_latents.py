@@ -593,10 +593,13 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def ignore_signals(_):
-    """For loaders' processes: Ctrl-C reaches them too, but only their parent reacts, and ends them."""
+def leave_process_group(_):
+    """For loaders' processes: a signal to the whole group (Ctrl-C, torchrun's SIGTERM) is for their parent, which ends
+    them when it has saved its work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def refuse_other(folder, state, found, wanted):
@@ -663,7 +666,7 @@ def prepare_chunks(folder, crops, chunks, vae, latents_files, device, bar, world
     thread, so that the device waits for nobody."""
     batches = [rows[i : i + BATCH_SIZE] for rows in chunks.values() for i in range(0, len(rows), BATCH_SIZE)]
     loader = iter(DataLoader(crops, sampler=batches, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
-                             worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+                             worker_init_fn=leave_process_group, pin_memory=device.type == "cuda"))
     with ThreadPoolExecutor(1) as writer:
         written = None
         for number, rows in chunks.items():

@@ -185,7 +185,7 @@ def published_settings(state):
 
 
 def load_model(path):
-    """(SiT in eval mode with EMA weights and no projector, its run's settings) from ema.safetensors or a published checkpoint.
+    """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
     Raises ValueError where the file is missing, damaged or of another kind.
     """

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -26,23 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from model import MODELS, attention_logits, build, flops_per_image, shard
-from prepare_latents import PreparedDataset, ignore_signals, load_vae, write_atomically
+from model import (MODELS, attention_logits, build, damaged, finished_checkpoints, flops_per_image, load_checkpoint,
+                   matrix_rate, peak_gib, run_state, save_checkpoint, shard, whole, whole_ema)
+from prepare_latents import PreparedDataset, leave_process_group, load_vae, write_atomically
 from teacher import teacher_for_grid
 
 # data and run
@@ -97,8 +90,6 @@ COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", 
 
 
 # ----- losses --------------------------------------------------------------------------------------------------------
-
-
 def interpolate(x, noise, t, path="linear"):
     """x_t = alpha(t) x + sigma(t) noise and its velocity d x_t / dt. x and noise [B, C, H, W], t [B] in 0..1."""
     alpha, sigma, d_alpha, d_sigma = sample.path_coefficients(t.view(-1, 1, 1, 1), path)
@@ -179,8 +170,6 @@ def compute_losses(student, teacher, x, noise, t, y, images, align=alignment_los
 
 
 # ----- data order and noise: functions of (SEED, step), so that nothing need be replayed on resume --------------------
-
-
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, count):
     """Order of the data set's images in an epoch, int64 [count]."""
@@ -204,8 +193,8 @@ def open_batches(data, first, last, rank, world):
     """Iterator over this rank's (moments, labels, images or None) for the steps first..last - 1."""
     order = (batch_indices(step, len(data), rank, world) for step in range(first, last))
     workers = min(WORKERS, os.cpu_count())
-    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-                           pin_memory=torch.cuda.is_available()))
+    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=workers,
+                           worker_init_fn=leave_process_group, pin_memory=torch.cuda.is_available()))
 
 
 def on_device(batches, device):
@@ -217,7 +206,8 @@ def on_device(batches, device):
 
     def copy(batch):
         with torch.cuda.stream(copying):
-            return [part if part is None else part.to(device, non_blocking=True) for part in batch], copying.record_event()
+            copies = [part if part is None else part.to(device, non_blocking=True) for part in batch]
+        return copies, copying.record_event()
 
     for (batch, copied), _ in pairwise(chain(map(copy, batches), [None])):
         computing.wait_event(copied)
@@ -248,16 +238,24 @@ def sample_latents(moments, noise, vae_meta):
 
 
 # ----- model and optimiser, settings, checkpoints, logs ---------------------------------------------------------------
-
-
 def make_optimizer(model):
     """AdamW over what trains. Fused: one kernel, and it can skip a step on the device (see the loop)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
     for p in trained:  # its state from the start, so that a checkpoint can be read into it
         optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                                   exp_avg_sq=torch.zeros_like(p))
     return optimizer
+
+
+def compile_parts(model, teacher):
+    """Compiles the student's blocks and final layer, a teacher, and alignment_losses, which it returns.
+
+    By block: one compilation serves all of them, in phase II too, and FSDP gathers their weights between them.
+    """
+    for part in (*model.blocks, model.final_layer, *([teacher] if teacher is not None else [])):
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+    return torch.compile(alignment_losses, fullgraph=True, dynamic=False)
 
 
 def drop_projector(model, optimizer):
@@ -274,25 +272,6 @@ def ema_parameters(model):
     return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
 
 
-def run_state(model, optimizer, ema):
-    """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
-               for key, value in optimizer.state[p].items()}
-    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}}
-
-
-def whole(tensor):
-    """The tensor itself, or put together from its shards; every rank takes part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_ema(ema, rank):
-    """A copy of the EMA in rank 0's host memory; {} elsewhere. Every rank takes part."""
-    averages = ((name, whole(average)) for name, average in ema.items())
-    return {name: average.to("cpu", copy=True) for name, average in averages if rank == 0}
-
-
 def current_settings(data, sit):
     """Every constant of this file, the model's arguments and the data set: what makes the run repeatable."""
     not_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
@@ -301,41 +280,6 @@ def current_settings(data, sit):
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     # through JSON and back, so that it compares equal to what was read from a file
     return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
-
-
-def save_checkpoint(run, settings, progress, tensors, ema, group):
-    """Copies the tensors, and writes checkpoints/step_N while training goes on; returns a future.
-
-    Every rank writes its shards of `tensors` (torch.distributed.checkpoint over the process group), rank 0 the rest and
-    `ema`, which it alone has. The folder gets its name when all is there; then old ones go. Where writing fails the
-    future raises OSError, and what stood before stands.
-    """
-    folder = run / "checkpoints" / f"step_{progress['step']:07d}"
-    unfinished = folder.with_suffix(".tmp")
-    writing = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=group, no_dist=group is None)
-
-    def finish():
-        try:
-            writing.result()
-            if ema:
-                save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
-                (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
-                os.replace(unfinished, folder)
-                write_atomically(run / "ema.safetensors", lambda path: shutil.copyfile(folder / "ema.safetensors", path))
-                for old in finished_checkpoints(run)[:-CHECKPOINTS_KEPT]:
-                    if not KEEP_EVERY or int(old.name.removeprefix("step_")) % KEEP_EVERY:
-                        shutil.rmtree(old)
-        except (OSError, CheckpointException, SafetensorError) as error:
-            if ema:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(str(error).strip().splitlines()[-1]) from error
-
-    return ThreadPoolExecutor(1).submit(finish)
-
-
-def finished_checkpoints(run):
-    """Folders of whole checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 7))
 
 
 def find_checkpoint(run, settings):
@@ -359,19 +303,6 @@ def find_checkpoint(run, settings):
         raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
                          f"or choose another RUN_DIR")
     return found[-1], progress
-
-
-def load_checkpoint(folder, tensors, world):
-    """Reads the checkpoint into the tensors, whatever number of processes wrote it. Raises ValueError if damaged."""
-    try:
-        dcp.load(tensors, checkpoint_id=folder, no_dist=world == 1)
-    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
-        raise damaged(folder, error) from error
-
-
-def damaged(folder, error):
-    return ValueError(f"{folder}: damaged checkpoint ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); "
-                      f"delete it to resume from the one before, if there is one")
 
 
 def append(path, line):
@@ -430,8 +361,6 @@ def check_settings(data, world):
 
 
 # ----- measurements beside the training step --------------------------------------------------------------------------
-
-
 def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
@@ -449,12 +378,13 @@ def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
                 posterior_noise, noise, _, _ = draw_noise(i, data.shape, rank, world, device, stream=2)
                 x = sample_latents(moments, posterior_noise, data.vae)
                 for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
+                    times = torch.full_like(x[:, 0, 0, 0], t)
                     with autocast():
                         denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise,
-                                                                       torch.full_like(x[:, 0, 0, 0], t), y, images, align)
+                                                                       times, y, images, align)
                     (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
-            gradients.append(parameters_to_vector([whole(torch.zeros_like(p) if p.grad is None else p.grad)
-                                                   for p in block]))
+            gradients.append(torch.cat([whole(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                                        for p in block]))
             model.zero_grad(set_to_none=True)
         cosines.append(F.cosine_similarity(*gradients, dim=0))
     mean = torch.stack(cosines).mean()
@@ -463,37 +393,17 @@ def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
     return mean.item()
 
 
-def matrix_rate(device, dtype):
-    """FLOP/s of a large matrix product, the best of ten."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for it
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds)
-
-
-def peak_gib(device):
-    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 # ----- the run --------------------------------------------------------------------------------------------------------
-
-
 def main():
-    # processes and device; several nodes: weights sharded inside each, replicated between them
+    # processes and device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # torchrun restarts one node's processes with the store of the attempt before, whose addresses are dead
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if per_node == world else "0"
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(attempt, store))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -532,15 +442,10 @@ def main():
     model = build(MODEL, **{**sit, "teacher_dim": teacher_dim}).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     flops = flops_per_image(model, teacher)
-    if COMPILE:  # by block: one compilation serves all of them, and FSDP gathers between them
-        for part in (*model.blocks, model.final_layer):
-            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
-        if aligning:
-            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
-            align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
-    shards = 1
-    if world > 1:  # several nodes: sharded inside each, replicated between them
-        shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if COMPILE:
+        align = compile_parts(model, teacher)
+    shards = 1 if SHARDING == "replicate" else per_node  # several nodes: sharded inside each, replicated between them
+    if world > 1:
         shard(model, device, world // shards, shards, precision, gather_again=SHARDING == "zero3")
     optimizer = make_optimizer(model)
     ema = {name: p.detach().clone() for name, p in ema_parameters(model).items()}
@@ -558,6 +463,10 @@ def main():
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
         truncate_log(run / "log.csv", step)
+    if world > 1:
+        dist.barrier()
+        if not (run / "settings.json").exists():
+            raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote; put RUN_DIR on a disk that all nodes share")
     track = open_tracker(run, settings) if rank == 0 else None
 
     def log(text):
@@ -572,8 +481,8 @@ def main():
         stop_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
-    handlers = {number: signal.signal(number, request_stop) for number in numbers}
+    handlers = {number: signal.signal(number, request_stop)
+                for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
     # on the host, without a wait for the GPU; one for the loop, one for the thread that writes checkpoints
     stop_group, saving_group = [dist.new_group(backend="gloo") if world > 1 else None for _ in range(2)]
 
@@ -589,12 +498,12 @@ def main():
     # what the run will cost
     micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
     peak_rate = world * matrix_rate(device, precision)
-    kept = 4 if ACTIVATION_CHECKPOINTING else 60 if precision == torch.bfloat16 else 80
-    memory = 20 * parameters / shards + kept * micro * len(model.blocks) * model.pos_embed.numel()
+    kept = 5 if ACTIVATION_CHECKPOINTING else 50 if precision == torch.bfloat16 else 80  # measured, a quarter more in I
+    memory = parameters * (20 / shards + precision.itemsize) + kept * micro * len(model.blocks) * model.pos_embed.numel()
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
         f"phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: {memory / 2**30:.1f} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
-        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {1000 * BATCH_SIZE * flops / (peak_rate / 2) / 60:.0f} minutes")
+        f"estimate: about {memory / 2**30:.1f} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
+        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {timedelta(seconds=round(2000 * BATCH_SIZE * flops / peak_rate))}")
 
     def open_all(first, last):
         return on_device(open_batches(data, first, last, rank, world), device)
@@ -691,7 +600,7 @@ def main():
                 saving.exception()  # waits for the one before
             saving = save_checkpoint(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
                                      dict(run_state(model, optimizer, ema), meters=meters), whole_ema(ema, rank),
-                                     saving_group)
+                                     saving_group, CHECKPOINTS_KEPT, KEEP_EVERY)
             saving.add_done_callback(lambda future, step=step: future.exception() and log(
                 f"step {step:,}: checkpoint not written ({future.exception()}); the one before stays, the run goes on"))
         clock += time.perf_counter() - paused

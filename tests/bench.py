@@ -1,10 +1,10 @@
 """Speeds, side by side in one run.
 
-    PYTHONPATH=. python tests/bench.py         # steps of plain SiT, phase I and phase II
+    PYTHONPATH=. python tests/bench.py train   # steps of plain SiT, phase I and phase II
     PYTHONPATH=. python tests/bench.py data    # preparing and loading images
 
 The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
-the share of the measured matrix rate, and the peak memory of each kind (on a CPU: of a process of its own). The teacher
+MFU (model.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
 The second measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prepare_latents
 import train
-from model import build
+from model import build, flops_per_image, matrix_rate
 from prepare_latents import AutoencoderKL, Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 
 CUDA = torch.cuda.is_available()
 MODEL, ALIGN_DEPTH, LAYER_PAIRS = ("SiT-XL/2", 8, [(4, 8), (5, 9), (6, 10), (7, 11)]) if CUDA else \
-    ("SiT-B/2", 5, [(2, 7), (3, 9), (4, 11)])
+    ("SiT-S/2", 5, [(2, 7), (3, 9), (4, 11)])
 TEACHER = "vit_base_patch14_dinov2.lvd142m"
 BATCH_SIZE = 64 if CUDA else 4
 IMAGE_SIZE = 256
@@ -48,35 +48,36 @@ KINDS = ("plain SiT", "phase I", "phase II")
 
 
 def make_step(kind):
-    """A function that makes one training step of the kind, on random data."""
+    """(a function that makes one training step of the kind on random data, its FLOPs per image)."""
     device = torch.device("cuda" if CUDA else "cpu")
     train.LAYER_PAIRS, train.ALIGN_DEPTH = LAYER_PAIRS, ALIGN_DEPTH
     torch.manual_seed(0)
     model = build(MODEL, align_depth=ALIGN_DEPTH, teacher_dim=None if kind == "plain SiT" else 768).to(device)
-    optimizer = train.make_optimizer(model)
-    ema = {name: p.detach().clone() for name, p in train.ema_parameters(model).items()}
-    update_ema = get_ema_multi_avg_fn(0.9999)
-    teacher = None
+    teacher, align = None, train.alignment_losses
     if kind == "phase I":
         network = timm.create_model(TEACHER, pretrained=False, num_classes=0)
         teacher = Teacher(network, [layer for _, layer in LAYER_PAIRS], model.grid * 14).to(device)
-        teacher = torch.compile(teacher) if COMPILE else teacher
+    flops = flops_per_image(model, teacher)
+    if COMPILE:
+        align = train.compile_parts(model, teacher)
+    optimizer = train.make_optimizer(model)
     if kind == "phase II":
-        optimizer = train.drop_projector(model, optimizer)
-    student = torch.compile(model) if COMPILE else model
+        train.drop_projector(model, optimizer)
+    ema = {name: p.detach().clone() for name, p in train.ema_parameters(model).items()}
+    update_ema = get_ema_multi_avg_fn(0.9999)
     x, noise = torch.randn(2, BATCH_SIZE, 4, 32, 32, device=device)
     t, y = torch.rand(BATCH_SIZE, device=device), torch.randint(0, 1000, (BATCH_SIZE,), device=device)
     images = torch.randint(0, 256, (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=CUDA):
-            denoising, feature, attention = train.compute_losses(student, teacher, x, noise, t, y, images)
+            denoising, feature, attention = train.compute_losses(model, teacher, x, noise, t, y, images, align)
         (denoising + 0.5 * feature + 0.5 * attention).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(list(ema.values()), list(train.ema_parameters(model).values()), None)
-    return step
+    return step, flops
 
 
 def timed(function):
@@ -89,17 +90,10 @@ def timed(function):
 
 def peak_memory(kind, result):
     """GiB at most in use by a process that makes two steps of this kind alone."""
-    step = make_step(kind)
+    step, _ = make_step(kind)
     step(), step()
     peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result.put(peak / 2**30)
-
-
-def matrix_rate():
-    """FLOP/s of a large matrix product in the precision of the step, the best of ten."""
-    n, dtype = (8192, torch.bfloat16) if CUDA else (2048, torch.float32)
-    a, b = torch.randn(2, n, n, dtype=dtype, device="cuda" if CUDA else "cpu")
-    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(10))
 
 
 def photograph(rng, width, height):
@@ -209,7 +203,7 @@ def bench_data():
                 encode(pixels, vae, device)
             rate = 20 * len(pixels) / timed(lambda: [encode(pixels, vae, device) for _ in range(20)])
             print(f"VAE encoder, {prepare_latents.VAE_PRECISION:10}{rate:10.0f} images/s; "
-                  f"{rate * counter.get_total_flops() / matrix_rate():.0%} of the measured bf16 matrix rate")
+                  f"{rate * counter.get_total_flops() / matrix_rate(device, torch.bfloat16):.0%} of the measured bf16 matrix rate")
 
 
 def bench_steps():
@@ -227,14 +221,11 @@ def bench_steps():
     steps = {kind: make_step(kind) for kind in KINDS}
     times = {kind: [] for kind in KINDS}
     for _ in range(WARMUP + ROUNDS):
-        for kind, step in steps.items():
+        for kind, (step, _) in steps.items():
             times[kind].append(timed(step))
-    with FlopCounterMode(display=False) as counter:  # the same for plain and phase II; the teacher is not counted
-        with torch.compiler.set_stance("force_eager"):
-            steps["plain SiT"]()
-    flop, rate = counter.get_total_flops(), matrix_rate()
+    rate = matrix_rate(torch.device("cuda" if CUDA else "cpu"), torch.bfloat16 if CUDA else torch.float32)
     name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{MODEL}, batch {BATCH_SIZE}, {'bf16, compiled' if CUDA else 'float32'}, torch {torch.__version__}, {name}; "
+    print(f"{MODEL}, batch {BATCH_SIZE}, {'bf16' if CUDA else 'float32'}{', compiled' if COMPILE else ''}, torch {torch.__version__}, {name}; "
           f"measured matrix rate {rate / 1e12:.2f} TFLOP/s")
     print(f"{'':12}{'ms / step':>10}{'images/s':>10}{'/ plain':>9}{'MFU':>7}{'peak GiB':>10}")
     for kind in KINDS:
@@ -242,9 +233,9 @@ def bench_steps():
         median = statistics.median(counted)
         # ratios pair the steps of one round, so that a slow moment of the machine hits both sides
         ratio = statistics.median(a / b for a, b in zip(counted, times["plain SiT"][WARMUP:]))
-        print(f"{kind:12}{median * 1000:>10.1f}{BATCH_SIZE / median:>10.1f}{ratio:>9.3f}{flop / median / rate:>7.1%}"
+        print(f"{kind:12}{median * 1000:>10.1f}{BATCH_SIZE / median:>10.1f}{ratio:>9.3f}{steps[kind][1] * BATCH_SIZE / median / rate:>7.1%}"
               f"{memory[kind]:>10.2f}")
 
 
 if __name__ == "__main__":
-    bench_data() if sys.argv[1:] == ["data"] else bench_steps()
+    dict(train=bench_steps, data=bench_data)[sys.argv[1]]()

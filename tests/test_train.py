@@ -4,10 +4,15 @@ import csv
 import gc
 import json
 import os
+import random
+import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +83,8 @@ def final_state(run, step=12):
     folder = Path(run) / f"checkpoints/step_{step:07d}"
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype)
                for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that it runs in one process
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     state = {"progress": json.loads((folder / "progress.json").read_text())}
     for key, tensor in tensors.items():
         group, _, name = key.partition(".")
@@ -106,7 +112,7 @@ def assert_close_models(a, b):
     """Equal but for rounding. Adam turns the rounding of a gradient near zero into a step of the learning rate, so single
     weights may differ; eight steps move the whole by several per cent."""
     assert a.keys() == b.keys()
-    a, b = (torch.cat([value.flatten() for value in state.values()]) for state in (a, b))
+    a, b = (torch.cat([state[name].flatten() for name in sorted(state)]) for state in (a, b))
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
@@ -140,32 +146,49 @@ def test_run_through_both_phases(small_run, capsys):
 
 EXPERIMENT = """
 import json, os, signal, sys
-import train
+import model, train
 for name, value in json.loads(sys.argv[1]).items():
     setattr(train, name, [tuple(v) for v in value] if name == "LAYER_PAIRS" else value)
-number, at = int(sys.argv[2]), int(sys.argv[3])
-draw_noise = train.draw_noise
-def kill_in_the_middle_of_a_step(step, *args, **options):
-    if step == at:
+number, at, rank = (int(value) for value in sys.argv[2:])
+draw_noise, save_file = train.draw_noise, model.save_file
+first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+def signal_in_the_middle_of_a_step(step, *args, **options):
+    if step == at and first_start and rank in (-1, int(os.environ.get("RANK", 0))):
         os.kill(os.getpid(), number)
     return draw_noise(step, *args, **options)
-train.draw_noise = kill_in_the_middle_of_a_step
+def kill_in_the_middle_of_saving(tensors, path, metadata):
+    if f"step_{-at:07d}" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_file(tensors, path, metadata)
+train.draw_noise, model.save_file = signal_in_the_middle_of_a_step, kill_in_the_middle_of_saving
+{extra}
 train.main()
 """
 
 
 @pytest.fixture
 def run_process(tmp_path, data_dir, teacher_file):
-    """Runs train.main() in a process (or several) of its own that gets a signal in the middle of a given step."""
-    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    """Runs train.main() in processes of its own, on several nodes; those of `rank` (-1: all) get the signal `number` in
+    the middle of the step `at`, or if negative, SIGKILL while the checkpoint of step -at is being written."""
 
-    def run(folder, number=0, at=-1, processes=None, **constants):
+    def run(folder, number=0, at=10**6, rank=-1, processes=None, nodes=1, restarts=0, extra="", **constants):
+        (tmp_path / "experiment.py").write_text(EXPERIMENT.replace("{extra}", extra))
         constants = {**small_constants(data_dir, teacher_file, folder), **constants}
-        launch = [] if processes is None else ["-m", "torch.distributed.run", "--standalone",
-                                               f"--nproc_per_node={processes}"]
-        return subprocess.run([sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants),
-                               str(number), str(at)], cwd=ROOT, text=True, capture_output=True, timeout=300,
-                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        launch = []
+        if processes:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            launch = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}",
+                      f"--max-restarts={restarts}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}"]
+        command = [sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants), str(number), str(at),
+                   str(rank)]
+        agents = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                  for _ in range(nodes)]
+        ended = [agent.communicate(timeout=300) for agent in agents]
+        return subprocess.CompletedProcess(command, max((agent.returncode for agent in agents), key=abs),
+                                           *("".join(texts) for texts in zip(*ended)))
     return run
 
 
@@ -177,7 +200,7 @@ def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_pr
         killed = run_process(tmp_path / "killed", signal.SIGKILL, at, **constants)
         assert killed.returncode == -signal.SIGKILL
     resumed = run_process(tmp_path / "killed", **constants)
-    assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
+    assert resumed.returncode == 0 and re.search("phase II from step [68]", resumed.stdout)  # if not yet written, the one before
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
     timeless = [[{k: v for k, v in row.items() if k not in ("images_per_s", "step_ms", "mfu", "peak_gib")} for row in read_log(tmp_path / name)]
                 for name in ("whole", "killed")]
@@ -308,25 +331,148 @@ def test_one_compilation_a_phase_without_graph_breaks(small_run, monkeypatch):
         assert float(a["denoising_loss"]) == pytest.approx(float(b["denoising_loss"]), rel=1e-3)
 
 
-def test_two_processes_train_like_one(run_process, tmp_path):
-    one = run_process(tmp_path / "one", STEPS=8, MICRO_BATCHES=2, WORKERS=1)
-    two = run_process(tmp_path / "two", STEPS=8, MICRO_BATCHES=2, processes=2, WORKERS=1, CONFLICT_FROM=2, CONFLICT_EVERY=4,
-                      CONFLICT_IMAGES=10)
-    assert one.returncode == 0 and two.returncode == 0, two.stderr
-    assert two.stdout.count("phase II, plain SiT") == 1  # rank 0 speaks
-    assert_close_models(final_state(tmp_path / "one", 8)["model"], final_state(tmp_path / "two", 8)["model"])
-    for x, y in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        for key in ("denoising_loss", "feature_loss", "attention_loss", "grad_norm"):
-            assert float(x[key]) == pytest.approx(float(y[key]), rel=1e-3)
-    # and a run of two processes goes on in one
-    resumed = run_process(tmp_path / "two", STEPS=10)
-    assert resumed.returncode == 0 and "phase II from step 8" in resumed.stdout
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder of the run of one process that others are compared with, made by the first test that asks."""
+    return tmp_path_factory.mktemp("alone") / "run"
 
 
-def test_two_processes_stop_together_on_a_signal(run_process, tmp_path):
-    stopped = run_process(tmp_path / "run", signal.SIGTERM, 3, processes=2, STEPS=40, ALIGN_STEPS=20, CHECKPOINT_EVERY=100)
-    assert "step 10: stopped by a signal and saved" in stopped.stdout, stopped.stderr
+PARALLEL = dict(WORKERS=1, LOG_EVERY=1, MIRROR=True, LABEL_DROPOUT=0.5, CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=16)
+
+
+@pytest.mark.parametrize("processes, nodes, sharding", [
+    (2, 1, "zero2"), (2, 1, "replicate"), (4, 1, "zero3"), (2, 2, "zero2")])
+def test_any_number_of_processes_trains_alike(run_process, tmp_path, alone, processes, nodes, sharding):
+    """Noise, times, dropped labels, mirrored images, the gradients' cosine: all are the global batch's."""
+    if not alone.exists():
+        assert run_process(alone, **PARALLEL).returncode == 0
+    ended = run_process(tmp_path / "run", processes=processes, nodes=nodes, SHARDING=sharding, **PARALLEL)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("phase II, plain SiT") == 1  # rank 0 speaks
+    one, several = read_log(alone), read_log(tmp_path / "run")
+    assert len(one) == len(several) == 12
+    for key in ("denoising_loss", "feature_loss", "attention_loss", "grad_norm"):
+        assert float(several[0][key]) == pytest.approx(float(one[0][key]), rel=3e-6), key
+        assert [float(row[key]) for row in several] == pytest.approx([float(row[key]) for row in one], rel=1e-3), key
+    for x, y in zip(one, several):
+        assert x["gradient_cosine"] == y["gradient_cosine"] == "" or \
+            float(x["gradient_cosine"]) == pytest.approx(float(y["gradient_cosine"]), abs=1e-3)
+    for part in ("model", "ema"):
+        assert_close_models(final_state(alone)[part], final_state(tmp_path / "run")[part])
+
+
+def test_a_run_of_four_processes_goes_on_in_two_and_in_one(run_process, tmp_path, alone):
+    if not alone.exists():
+        assert run_process(alone, **PARALLEL).returncode == 0
+    for processes, steps in ((4, 4), (2, 8), (None, 12)):  # the switch, after 6, is in the second part
+        ended = run_process(tmp_path / "run", processes=processes, STEPS=steps, **PARALLEL)
+        assert ended.returncode == 0, ended.stderr
+    for part in ("model", "ema", "optimizer"):
+        assert_close_models(final_state(alone)[part], final_state(tmp_path / "run")[part])
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [str(step) for step in range(1, 13)]
+
+
+def test_torchrun_resumes_by_itself_after_one_of_two_processes_is_killed(run_process, tmp_path):
+    whole = run_process(tmp_path / "whole", processes=2, WORKERS=1)
+    killed = run_process(tmp_path / "killed", signal.SIGKILL, 9, rank=1, processes=2, restarts=1, WORKERS=1)
+    assert whole.returncode == killed.returncode == 0, killed.stderr
+    assert re.search("phase II? from step [468]", killed.stdout)
+    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+
+
+def test_a_signal_to_torchrun_saves(run_process, tmp_path):
+    """It passes SIGTERM on to the process group of each process, loaders included."""
+    told = """
+signal_or_not = train.draw_noise
+def tell_torchrun(step, *args, **options):
+    if step == 3 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    return signal_or_not(step, *args, **options)
+train.draw_noise = tell_torchrun
+"""
+    stopped = run_process(tmp_path / "run", processes=2, extra=told, STEPS=4000, ALIGN_STEPS=20, CHECKPOINT_EVERY=5000, WORKERS=1)
+    assert "stopped by a signal and saved" in stopped.stdout, stopped.stderr
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(run_process, tmp_path):
+    stopped = run_process(tmp_path / "run", signal.SIGUSR1, 3, rank=1, processes=2, STEPS=40, ALIGN_STEPS=20,
+                          CHECKPOINT_EVERY=100)
+    assert stopped.returncode == 0 and "step 10: stopped by a signal and saved" in stopped.stdout, stopped.stderr
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000010"]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(run_process, tmp_path, processes):
+    killed = run_process(tmp_path / "run", at=-8, processes=processes, STEPS=8)
+    assert killed.returncode != 0
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-2:] == ["step_0000006", "step_0000008.tmp"]
+    resumed = run_process(tmp_path / "run", processes=processes, STEPS=8)
+    assert resumed.returncode == 0 and "phase II from step 6" in resumed.stdout, resumed.stderr
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())[-1] == "step_0000008"
+
+
+# From the middle of step 3 to that of step 7 every file is cut at 1 MB, as by a full disk; shards and EMA are larger.
+FULL_DISK = """
+import resource
+signal_or_not = train.draw_noise
+def limit_files(step, *args, **options):
+    if step in (3, 7):
+        limit = 10**6 if step == 3 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        folders = os.listdir(train.RUN_DIR + "/checkpoints")
+        assert "step_0000002" in folders and (step == 3 or folders == ["step_0000002"]), folders
+    return signal_or_not(step, *args, **options)
+train.draw_noise = limit_files
+"""
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_out_of_disk_the_run_goes_on_says_so_and_the_older_checkpoint_stays(run_process, tmp_path, processes):
+    constants = dict(processes=processes, STEPS=8, KEEP_EVERY=2)
+    full = run_process(tmp_path / "run", extra=FULL_DISK, **constants)
+    assert full.returncode == 0, full.stderr
+    for step in (4, 6):
+        assert full.stdout.count(f"step {step}: checkpoint not written") == 1
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_0000002", "step_0000008"]
+    assert run_process(tmp_path / "whole", **constants).returncode == 0
+    assert_same_state(final_state(tmp_path / "run", 8), final_state(tmp_path / "whole", 8))
+
+
+def test_a_run_whose_last_checkpoint_finds_no_room_ends_with_an_error(small_run, capsys):
+    run = small_run(STEPS=2)
+    train.main()
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    small_run(STEPS=4)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="step 4: checkpoint not written .* make room in .* it resumes from the checkpoint"):
+            train.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert before == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    train.main()  # room again
+    assert "phase I from step 2" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_not_all_nodes_see_is_refused(run_process, tmp_path):
+    ended = run_process(tmp_path / "run", processes=2, extra="train.RUN_DIR += os.environ['RANK']")
+    assert ended.returncode != 0 and "rank 1 does not see what rank 0 wrote; put RUN_DIR on a disk" in ended.stderr
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(run_process, tmp_path):
+    constants = dict(processes=2, STEPS=60, ALIGN_STEPS=30, WORKERS=1, LOG_EVERY=5)
+    assert run_process(tmp_path / "whole", **constants).returncode == 0
+    moments = random.Random(0)
+    for kill in range(20):
+        extra = f"import threading; threading.Timer({moments.uniform(0, 4)}, os.kill, (os.getpid(), 9)).start()"
+        killed = run_process(tmp_path / "killed", extra=extra, **constants)
+        done = (tmp_path / "killed/checkpoints/step_0000060").exists()
+        assert done or killed.returncode != 0, kill
+    assert run_process(tmp_path / "killed", **constants).returncode == 0
+    assert_same_state(final_state(tmp_path / "whole", 60), final_state(tmp_path / "killed", 60))
 
 
 def poisoned_data(data_dir, folder, poisoned):
