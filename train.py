@@ -465,8 +465,11 @@ def main():
         truncate_log(run / "log.csv", step)
     if world > 1:
         dist.barrier()
-        if not (run / "settings.json").exists():
-            raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote; put RUN_DIR on a disk that all nodes share")
+        seen = [None] * world
+        dist.all_gather_object(seen, (run / "settings.json").exists())
+        if not all(seen):
+            raise ValueError(f"{run}: rank {seen.index(False)} does not see what rank 0 wrote there; put RUN_DIR on a disk "
+                             f"that all nodes share")
     track = open_tracker(run, settings) if rank == 0 else None
 
     def log(text):

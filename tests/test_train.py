@@ -414,14 +414,18 @@ def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(run_proces
 
 # From the middle of step 3 to that of step 7 every file is cut at 1 MB, as by a full disk; shards and EMA are larger.
 FULL_DISK = """
-import resource
+import resource, time
 signal_or_not = train.draw_noise
 def limit_files(step, *args, **options):
     if step in (3, 7):
+        for _ in range(300):  # until what was being written is there, or given up
+            folders = os.listdir(train.RUN_DIR + "/checkpoints")
+            if folders == ["step_0000002"]:
+                break
+            time.sleep(0.1)
+        assert folders == ["step_0000002"], folders
         limit = 10**6 if step == 3 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        folders = os.listdir(train.RUN_DIR + "/checkpoints")
-        assert "step_0000002" in folders and (step == 3 or folders == ["step_0000002"]), folders
     return signal_or_not(step, *args, **options)
 train.draw_noise = limit_files
 """
@@ -458,7 +462,7 @@ def test_a_run_whose_last_checkpoint_finds_no_room_ends_with_an_error(small_run,
 
 def test_a_run_folder_that_not_all_nodes_see_is_refused(run_process, tmp_path):
     ended = run_process(tmp_path / "run", processes=2, extra="train.RUN_DIR += os.environ['RANK']")
-    assert ended.returncode != 0 and "rank 1 does not see what rank 0 wrote; put RUN_DIR on a disk" in ended.stderr
+    assert ended.returncode != 0 and "rank 1 does not see what rank 0 wrote there; put RUN_DIR on a disk" in ended.stderr
 
 
 @pytest.mark.slow
@@ -495,6 +499,20 @@ def test_a_loss_that_is_not_finite_skips_its_step(small_run, data_dir, tmp_path)
                            final_state(run, 4)["model"]["final_layer.linear.weight"])
     (row,) = read_log(run)
     assert row["skipped"] == "1" and np.isfinite(float(row["denoising_loss"]))
+
+
+def test_two_processes_skip_a_step_and_end_phase_one_alike(run_process, data_dir, tmp_path):
+    victim = train.permutation(0, 0, 200)[2 * 8 + 5]  # the second process has it, in step 2
+    constants = dict(DATA_DIR=poisoned_data(data_dir, tmp_path / "d", [victim]), TRIGGER="conflict", CONFLICT_FROM=4,
+                     CONFLICT_EVERY=4, CONFLICT_IMAGES=8, CONFLICT_BELOW=1.0, ALIGN_STEPS=100, CHECKPOINT_EVERY=1)
+    both = run_process(tmp_path / "run", processes=2, STEPS=5, KEEP_EVERY=1, LOG_EVERY=5, **constants)
+    assert both.returncode == 0 and "step 4: phase II" in both.stdout, both.stderr
+    before, after = final_state(tmp_path / "run", 2), final_state(tmp_path / "run", 3)
+    assert_same_state(before["model"], after["model"])
+    assert_same_state(before["optimizer"], after["optimizer"])
+    assert read_log(tmp_path / "run")[0]["skipped"] == "1"
+    alone = run_process(tmp_path / "run", STEPS=6, **constants)
+    assert alone.returncode == 0 and "phase II from step 5" in alone.stdout  # the decision is in the checkpoint
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(small_run, data_dir, tmp_path):
@@ -667,3 +685,23 @@ def test_loop_runs_on_a_gpu_in_bf16_and_compiled(small_run):
     log = read_log(run)
     assert float(log[3]["denoising_loss"]) < float(log[0]["denoising_loss"])
     assert "bf16" in (run / "log.txt").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_loop_waits_for_the_gpu_only_to_log(small_run, monkeypatch, compile):
+    waits, draw_noise = {}, train.draw_noise
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def watch(step, *args, **options):
+            torch.cuda.set_sync_debug_mode("warn")
+            waits[step] = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+            return draw_noise(step, *args, **options)
+
+        monkeypatch.setattr(train, "draw_noise", watch)
+        small_run(COMPILE=compile, STEPS=24, ALIGN_STEPS=12, LOG_EVERY=6, CHECKPOINT_EVERY=100, WORKERS=2)
+        train.main()
+        torch.cuda.set_sync_debug_mode("default")
+    for steps in (range(7, 12), range(19, 24)):  # in each phase, between two log lines, when all is compiled
+        assert waits[steps[0]] == waits[steps[-1]]
