@@ -505,7 +505,7 @@ def main():
     memory = parameters * (20 / shards + precision.itemsize) + kept * micro * len(model.blocks) * model.pos_embed.numel()
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
         f"phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {memory / 2**30:.1f} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
+        f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
         f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {timedelta(seconds=round(2000 * BATCH_SIZE * flops / peak_rate))}")
 
     def open_all(first, last):
