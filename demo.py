@@ -37,7 +37,8 @@ def settings():
     train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 200, 200, 64
 
     sample.RUN_DIR, sample.OUT, sample.NUM_SAMPLES, sample.BATCH_SIZE = f"{OUT}/run", OUT, 1000, 100
-    sample.MODE, sample.STEPS, sample.HEUN, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, False, 1.5, (0.3, 0.7)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, 1.5, (0.3, 0.7)
+    sample.CLASS_SAMPLING, sample.COMPILE = "balanced", False
 
     fid.SAMPLES, fid.REFERENCE, fid.OUT = f"{OUT}/samples.npz", f"{OUT}/data", f"{OUT}/distance_samples.json"
     fid.FEATURES, fid.BATCH_SIZE, fid.WORKERS = str(HERE / "judge.safetensors"), 250, 0

@@ -602,12 +602,12 @@ def leave_process_group(_):
         os.setpgrp()
 
 
-def refuse_other(folder, state, found, wanted):
+def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
     """Raises ValueError that names what differs between a folder's settings and this run's."""
     differing = [f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if differing:
         raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
-                         f"set them back, choose another DATA_DIR or delete the folder")
+                         f"set them back, choose another {constant} or delete the folder")
 
 
 def reserve(path, shape):

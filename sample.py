@@ -1,43 +1,62 @@
-"""Draws images from a trained SiT: a class-by-class grid, and any number of samples for evaluation.
+"""Draws images from a trained SiT: any number of samples for evaluation, and pictures to look at.
 
     python sample.py                                           # the run in RUN_DIR, with the constants below
+    torchrun --nproc_per_node=8 sample.py                      # the same images, on eight GPUs
     sample.RUN_DIR = "runs/mine"; sample.main()                # from a Python file of yours
 
-The run's EMA weights say which model, interpolant and VAE they belong to, so nothing is set twice. Each sample depends
-on (SEED, its index) alone, not on the batch size or on how many are drawn.
+The weights say which model, interpolant and VAE they belong to, so nothing is set twice. Each sample depends on (SEED,
+its index) alone, not on the batch size, the number of GPUs or how many are drawn. Killed, the same command goes on.
 """
 
+import argparse
+import hashlib
 import json
 import os
+import pickle
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from scipy.integrate import RK45
 from tqdm import tqdm
 
 from model import MODELS, SiT
-from prepare_latents import load_vae, write_atomically
+from prepare_latents import load_vae, refuse_other, write_atomically
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
 CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
 # what to draw
-OUT = "runs/haste-xl/samples"  # folder for samples.png and samples.npz
-NUM_SAMPLES = 50_000  # images in samples.npz, class ids in turn; 0: the grid alone
+OUT = "runs/haste-xl/samples"  # folder for samples.npz and pictures
+NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
+CLASS_SAMPLING = "uniform"  # each sample's class: drawn at random, as in the papers; "balanced": all in turn
 CLASSES = None  # class ids to draw; None: all
-GRID = (10, 8)  # rows (the first classes, one each) and columns (samples of the class)
 SEED = 0
+PNGS = False  # True: every sample as a file in OUT/png too
+# pictures, one class of CLASSES a row
+GRID = (10, 8)  # samples.png: rows and columns
+COMPARE = ()  # compare.png: one noise through each of these, either CFG_SCALEs or CHECKPOINTs
+FRAMES = 0  # path.png: so many moments on the way from noise to image
 # how: the paper's sampler for 100 epochs with guidance
 MODE = "sde"  # "sde" (Euler-Maruyama) or "ode"
-STEPS = 250
-HEUN = False  # "ode": second-order steps at twice the cost
+SOLVER = "euler"  # of the ODE: "euler"; "heun", second order at twice the cost; "adaptive", Dormand-Prince 5(4)
+STEPS = 250  # of all but "adaptive", whose steps follow TOLERANCE
+TOLERANCE = 1e-3
+SPACING = 1.0  # of the steps' times: 1, equal; s > 1, denser at the noise: t -> s t / (1 + (s - 1) t); "log", at the data
 CFG_SCALE = 1.825  # classifier-free guidance; 1: none
 GUIDANCE = (0.0, 0.6)  # times t at which guidance acts, both ends included
+# speed
 BATCH_SIZE = 64
+PRECISION = "bf16"  # of the network on a GPU, or "float32"; the sampler's state is float64
+COMPILE = True  # on a GPU
 
 
 def seed_from(*numbers):
@@ -62,31 +81,54 @@ def score_from_velocity(velocity, x, t, path):
     return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
 
-def guided_velocity(velocity, x, t, y, null, cfg_scale, dtype):
-    """velocity(x, t, y) in float64, computed in `dtype`; with a cfg_scale other than 1, classifier-free guidance:
-    both calls in one batch, then unconditional + scale * (conditional - unconditional)."""
-    if cfg_scale != 1:
-        x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, null)])
-    v = velocity(x.to(dtype), torch.full((len(x),), float(t), dtype=dtype, device=x.device), y).double()
-    if cfg_scale != 1:
-        conditional, unconditional = v.chunk(2)
-        v = unconditional + cfg_scale * (conditional - unconditional)
+def guided_velocity(velocity, x, t, y, null, scale, dtype):
+    """velocity(x, t, y) in float64, computed in `dtype`. Rows whose scale is not 1 get classifier-free guidance: once
+    more with "no label", in the same batch, then unconditional + scale * (conditional - unconditional).
+
+    t and scale: numbers or float64 [B], on the CPU.
+    """
+    t, scale = (torch.as_tensor(value, dtype=torch.float64).expand(len(x)) for value in (t, scale))
+    guided = (scale != 1).nonzero().flatten()
+    t, more = torch.cat([t, t[guided]]).to(x.device, dtype), guided.to(x.device)
+    v = velocity(torch.cat([x, x[more]]).to(dtype), t, torch.cat([y, torch.full_like(y[more], null)])).double()
+    v, unconditional = v[: len(x)], v[len(x) :]
+    if len(guided):
+        scale = scale[guided].view(-1, 1, 1, 1).to(v.device)
+        v = v.index_copy(0, more, unconditional + scale * (v[more] - unconditional))
     return v
 
 
+def scale_at(t, cfg_scale, guidance):
+    """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, ends included, 1 outside."""
+    return torch.where((t >= guidance[0]) & (t <= guidance[1]), cfg_scale, 1.0)
+
+
+def step_times(count, last, spacing):
+    """`count` decreasing float64 times from 1 to `last`. spacing as SPACING; "log" needs last > 0."""
+    if spacing == "log":
+        return torch.logspace(0, np.log10(last), count, dtype=torch.float64)
+    t = torch.linspace(1, 0, count, dtype=torch.float64)
+    return last + (1 - last) * (spacing * t / (1 + (spacing - 1) * t))
+
+
+def to_zero(times):
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
 @torch.no_grad()
-def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear"):
-    """Follows the probability-flow ODE from noise (t = 1) to data (t = 0) in equal Euler or Heun steps.
+def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear",
+               spacing=1.0):
+    """Follows the probability-flow ODE from noise (t = 1) to data (t = 0) in Euler or Heun steps.
 
     velocity: callable (x, t [B], y) -> v, called in noise's dtype. noise [B, C, H, W]; y [B] class ids; null: the id
     that means "no label". Guidance acts for t in the interval, ends included; Heun decides for both its calls by the
-    step's first time, and its last step is plain Euler (EDM's convention, as in REPA). Returns
-    float64 latents [B, C, H, W].
+    step's first time, and its last step is plain Euler (EDM's convention, as in REPA). spacing: see SPACING; "log" goes
+    to 0.04, then to 0. Returns float64 latents [B, C, H, W].
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = to_zero(step_times(steps, 0.04, spacing)) if spacing == "log" else step_times(steps + 1, 0.0, spacing)
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        scale = cfg_scale if guidance[0] <= t <= guidance[1] else 1.0
+        scale = scale_at(t, cfg_scale, guidance)
         v = guided_velocity(velocity, x, t, y, null, scale, noise.dtype)
         if heun and i < steps - 1:
             v_next = guided_velocity(velocity, x + (t_next - t) * v, t_next, y, null, scale, noise.dtype)
@@ -96,16 +138,57 @@ def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, gu
 
 
 @torch.no_grad()
-def sample_sde(velocity, noise, y, *, steps, null, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear",
+def sample_adaptive(velocity, noise, y, *, null, tolerance=1e-3, cfg_scale=1.0, guidance=(0.0, 1.0)):
+    """Follows the same ODE by Dormand-Prince 5(4) (scipy's RK45), each sample in steps of its own, so that none depends
+    on its batch. tolerance: of a step's error, relative to the state; a thousandth of it absolute. Otherwise sample_ode.
+    """
+    A, B, C, E = RK45.A, RK45.B, RK45.C, RK45.E
+    x, result, at = noise.double(), torch.empty_like(noise, dtype=torch.float64), torch.arange(len(y))
+    t, h = torch.ones(len(y), dtype=torch.float64), torch.full((len(y),), 0.05, dtype=torch.float64)
+    ends = torch.tensor([0.0, *guidance] if cfg_scale != 1 else [0.0], dtype=torch.float64)
+
+    def slope(x, t, start):  # guidance is a jump in time: a step ends there, and is all on one side of it
+        scale = scale_at(start - 1e-9, cfg_scale, guidance)
+        return -guided_velocity(velocity, x, t, y, null, scale, noise.dtype)
+
+    def mix(weights, slopes):
+        return h.view(-1, 1, 1, 1).to(x.device) * sum(w * k for w, k in zip(weights, slopes) if w)
+
+    first = slope(x, t, t)
+    while len(at):
+        end = torch.where(ends < t[:, None], ends, -1).amax(dim=1)
+        h = torch.minimum(h, t - end)
+        t_next = torch.where(h == t - end, end, t - h)
+        slopes = [first]
+        for weights, c in zip(A[1:], C[1:]):
+            slopes.append(slope(x + mix(weights, slopes), t - c * h, t))
+        ahead = x + mix(B, slopes)
+        slopes.append(slope(ahead, t_next, t))
+        allowed = tolerance * (torch.maximum(x.abs(), ahead.abs()) + 1e-3)
+        error = (mix(E, slopes) / allowed).square().mean(dim=(1, 2, 3)).sqrt().cpu()
+        good = error <= 1
+        t, rows = torch.where(good, t_next, t), good.view(-1, 1, 1, 1).to(x.device)
+        x, first = torch.where(rows, ahead, x), torch.where(rows, slopes[-1], first)
+        h = h * (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 5)
+        result[at[t == 0].to(x.device)] = x[(t == 0).to(x.device)]
+        going = t > 0
+        at, t, h = at[going], t[going], h[going]
+        x, first, y = (each[going.to(x.device)] for each in (x, first, y))
+        if torch.isin(t, ends).any():
+            first = slope(x, t, t)
+    return result
+
+
+@torch.no_grad()
+def sample_sde(velocity, noise, y, *, steps, null, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear", spacing=1.0,
                randn_like=torch.randn_like):
     """Follows the reverse SDE with diffusion w(t) = 2 t by Euler-Maruyama, from t = 1 to 0.04, then one step without
     noise to 0 (SiT's and REPA's convention). Arguments as in sample_ode; randn_like(x) gives each step's noise."""
-    times = torch.cat([torch.linspace(1, 0.04, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    times = to_zero(step_times(steps, 0.04, spacing))
     x = noise.double()
     for t, t_next in zip(times[:-1], times[1:]):
         dt, diffusion = t_next - t, 2 * t
-        scale = cfg_scale if guidance[0] <= t <= guidance[1] else 1.0
-        v = guided_velocity(velocity, x, t, y, null, scale, noise.dtype)
+        v = guided_velocity(velocity, x, t, y, null, scale_at(t, cfg_scale, guidance), noise.dtype)
         # The drift is affine in v with the same x in both calls, so guiding v equals guiding the drift.
         drift = v - diffusion / 2 * score_from_velocity(v, x, t, path)
         if t_next > 0:
@@ -136,7 +219,7 @@ def to_bytes(latents, vae=None, scale=None):
     """Latents [B, C, h, w] (without a VAE: pixels in -1..1) to uint8 [B, 3, H, W], truncated as in ADM's evaluation."""
     x = latents.float()
     if vae is not None:
-        x = vae.decode(x / scale)
+        x = torch.cat([vae.decode(some) for some in (x / scale).split(16)])  # its activations are 100 times a sample
     return (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 
@@ -164,21 +247,21 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed):
     save_grid(torch.cat(images), columns, path)
 
 
-def velocity_of(model, device):
-    """The model's velocity as a function (x, t, y), in bf16 on a GPU."""
+def velocity_of(model, device, precision="bf16"):
+    """The model's velocity as a function (x, t, y); its products in bf16 on a GPU, unless precision is "float32"."""
     def velocity(x, t, y):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bf16"):
             return model(x, t, y)[0]
     return velocity
 
 
 def published_settings(state):
-    """Settings for a published checkpoint, read off the shapes of its weights."""
+    """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     heads = {(m["hidden_size"], m["depth"]): m["num_heads"] for m in MODELS.values()}[hidden, depth]
     sit = dict(input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch, patch_size=patch, in_channels=channels,
-               hidden_size=hidden, depth=depth, num_heads=heads,
+               hidden_size=hidden, depth=depth, num_heads=heads, qk_norm="blocks.0.attn.q_norm.weight" in state,
                num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1,
                learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels)
     return dict(sit=sit, PATH="linear", data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
@@ -187,82 +270,205 @@ def published_settings(state):
 def load_model(path):
     """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
-    Raises ValueError where the file is missing, damaged or of another kind.
+    Ours is a safetensors file with settings in its header. Published ones are a state dict, bare or under "ema"; of what
+    else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file is missing, damaged or
+    of another kind.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
+    unexpected, settings = [], None
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                settings = json.loads(file.metadata()["settings"])
+                settings = json.loads((file.metadata() or {}).get("settings", "null"))
                 state = {key: file.get_tensor(key) for key in file.keys()}
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state = checkpoint.get("ema", checkpoint)
-            settings = published_settings(state)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = state.get("ema", state)
+        state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+        unexpected = sorted(state)
+        settings = settings or published_settings(state)
         model = SiT(**{**settings["sit"], "teacher_dim": None})
-        model.load_state_dict({key: value for key, value in state.items() if not key.startswith("projectors.")})
-    except (SafetensorError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); "
-                         f"copy or train it again") from error
+        unexpected = sorted(state.keys() - model.state_dict().keys())
+        model.load_state_dict(state)
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
+            AttributeError) as error:
+        reason = f"unexpected keys {', '.join(map(str, unexpected[:3]))}" if unexpected else str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({reason}); copy or train it again") from error
     return model.eval().requires_grad_(False), settings
 
 
-def main():
-    model, settings = load_model(CHECKPOINT or Path(RUN_DIR) / "ema.safetensors")
-    classes = list(range(model.num_classes)) if CLASSES is None else list(CLASSES)
-    if not classes or min(classes) < 0 or max(classes) >= model.num_classes:
-        raise ValueError(f"CLASSES {classes} must name at least one of the model's classes 0..{model.num_classes - 1}")
-    if MODE not in ("sde", "ode"):
-        raise ValueError(f"unknown MODE {MODE!r}; choose 'sde' or 'ode'")
-    if CFG_SCALE != 1 and len(model.y_embedder.embedding_table.weight) == model.num_classes:
-        raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae_meta, vae, scale = settings["data"]["vae"], None, None
-    if vae_meta is not None:
-        vae, scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
-    model.to(device)
+def check_settings():
+    """Raises ValueError for settings that could only fail later."""
+    for name, value, choices in (("MODE", MODE, ("sde", "ode")), ("SOLVER", SOLVER, ("euler", "heun", "adaptive")),
+                                 ("CLASS_SAMPLING", CLASS_SAMPLING, ("uniform", "balanced")),
+                                 ("PRECISION", PRECISION, ("bf16", "float32"))):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    if SPACING != "log" and not (isinstance(SPACING, (int, float)) and SPACING > 0):
+        raise ValueError(f'SPACING {SPACING!r} is neither "log" nor a number above 0')
+    if FRAMES and MODE == "ode" and SOLVER == "adaptive":
+        raise ValueError("FRAMES needs steps at the same times for all samples; set SOLVER to another than 'adaptive'")
 
-    velocity = velocity_of(model, device)
 
-    # Sample i is of class classes[i % K], so row r, column c of the grid is sample c K + r: nothing is drawn twice.
-    rows, columns = min(GRID[0], len(classes)), GRID[1]
-    in_grid = [c * len(classes) + r for r in range(rows) for c in range(columns)]
-    indices = torch.tensor(sorted({*range(NUM_SAMPLES), *in_grid}))
-    out, shape = Path(OUT), (model.in_channels, model.input_size, model.input_size)
-    out.mkdir(parents=True, exist_ok=True)
-    drawn, shown = None, {}
-    unfinished = out / f"samples.tmp{os.getpid()}.npy"  # on disk: 50,000 images of 256 x 256 are 9.8 GB
-    with tqdm(total=len(indices), unit="img", desc="sampling") as bar:
-        for batch in indices.split(BATCH_SIZE):
-            noise = IndexedNoise(SEED, batch)
-            x = noise.draw(shape).to(device)
-            y = torch.tensor([classes[i % len(classes)] for i in batch.tolist()], device=device)
-            options = dict(steps=STEPS, null=model.num_classes, cfg_scale=CFG_SCALE, guidance=GUIDANCE,
-                           path=settings["PATH"])
-            if MODE == "sde":
-                latents = sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
-            else:
-                latents = sample_ode(velocity, x, y, heun=HEUN, **options)
-            images = to_bytes(latents, vae, scale).cpu()
-            if NUM_SAMPLES:
-                if drawn is None:
-                    drawn = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (NUM_SAMPLES, *images.shape[2:], 3))
-                kept = batch < NUM_SAMPLES
-                drawn[batch[kept].numpy()] = images[kept].permute(0, 2, 3, 1).numpy()
-            shown.update({i: image for i, image in zip(batch.tolist(), images) if i in in_grid})
-            bar.update(len(batch))
+class Sampler:
+    """A checkpoint ready to draw from: model, VAE, and the classes chosen by CLASSES, on the device."""
 
-    save_grid(torch.stack([shown[i] for i in in_grid]), columns, out / "samples.png")
+    def __init__(self, checkpoint, device):
+        model, self.settings = load_model(checkpoint)
+        self.null, self.shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
+        self.classes = list(range(self.null)) if CLASSES is None else list(CLASSES)
+        if not self.classes or min(self.classes) < 0 or max(self.classes) >= self.null:
+            raise ValueError(f"CLASSES {self.classes} must name at least one of the model's classes 0..{self.null - 1}")
+        scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
+        if any(scale != 1 for scale in scales) and len(model.y_embedder.embedding_table.weight) == self.null:
+            raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
+        vae_meta, self.vae, self.scale = self.settings["data"]["vae"], None, None
+        if vae_meta is not None:
+            self.vae, self.scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
+        if COMPILE and device.type == "cuda":  # by block: one compilation serves all, and one more any other batch size
+            for part in (*model.blocks, model.final_layer):
+                part.forward = torch.compile(part.forward, fullgraph=True)
+        self.device, self.velocity = device, velocity_of(model.to(device), device, PRECISION)
+
+    def draw(self, indices, classes, cfg_scale=None, velocity=None):
+        """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of class classes[i]."""
+        noise, y = IndexedNoise(SEED, indices), torch.tensor(classes, device=self.device)
+        x, velocity = noise.draw(self.shape).to(self.device), velocity or self.velocity
+        options = dict(null=self.null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
+        if MODE == "ode" and SOLVER == "adaptive":
+            latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
+        else:
+            options.update(steps=STEPS, path=self.settings["PATH"], spacing=SPACING)
+            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", **options) if MODE == "ode" else \
+                sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
+        return to_bytes(latents, self.vae, self.scale).cpu()
+
+    def draw_all(self, indices, classes, **options):
+        """The same for any number of them."""
+        return torch.cat([self.draw(indices[i : i + BATCH_SIZE], classes[i : i + BATCH_SIZE], **options)
+                          for i in range(0, len(indices), BATCH_SIZE)])
+
+
+def class_of(index, classes):
+    """The class of a sample: in turn, or drawn at random by (SEED, index)."""
+    if CLASS_SAMPLING == "balanced":
+        return classes[index % len(classes)]
+    return classes[np.random.default_rng((SEED, 5, index)).integers(len(classes))]
+
+
+def save_pictures(sampler, out):
+    """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r of
+    K classes: of class-balanced samples it is that sample."""
+    rows, columns = min(GRID[0], len(sampler.classes)), GRID[1]
+    shown = sampler.classes[:rows]
+    grid = [(c * len(sampler.classes) + r, shown[r]) for r in range(rows) for c in range(columns)]
+    save_grid(sampler.draw_all(*zip(*grid)), columns, out / "samples.png")
     print(f"{out / 'samples.png'}: {rows} classes by {columns} samples")
-    if NUM_SAMPLES:
-        def write(path):
-            with open(path, "wb") as file:
-                np.savez(file, arr_0=drawn)
-        write_atomically(out / "samples.npz", write)
-        unfinished.unlink()
-        print(f"{out / 'samples.npz'}: arr_0 {list(drawn.shape)} uint8, classes in turn")
+    if COMPARE:
+        drawn = []
+        for value in COMPARE:
+            checkpoint = isinstance(value, (str, Path))
+            by = Sampler(value, sampler.device) if checkpoint else sampler
+            drawn.append(by.draw_all(range(rows), shown, cfg_scale=CFG_SCALE if checkpoint else value))
+        save_grid(torch.stack(drawn, dim=1).flatten(0, 1), len(COMPARE), out / "compare.png")
+        print(f"{out / 'compare.png'}: {rows} classes, the same noise with {', '.join(map(str, COMPARE))}")
+    if FRAMES:
+        states = []
+
+        def recording(x, t, y):
+            states.append(x[:rows])
+            return sampler.velocity(x, t, y)
+
+        final = sampler.draw(range(rows), shown, velocity=recording)
+        moments = np.linspace(0, len(states), FRAMES).round().astype(int)
+        frames = [final if i == len(states) else to_bytes(states[i], sampler.vae, sampler.scale).cpu() for i in moments]
+        save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
+        print(f"{out / 'path.png'}: {rows} classes, {FRAMES} moments from noise to image")
+
+
+def draw_samples(sampler, out, settings, checkpoint, rank, world):
+    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes), by all processes, and samples.json that describes it.
+
+    The images go straight into a memory-mapped file in OUT/unfinished, where `done` says which are there.
+    """
+    unfinished, wait_for_all = out / "unfinished", dist.barrier if world > 1 else lambda: None
+    plan_file, images_file, done_file = (unfinished / name for name in ("plan.json", "images.npy", "done.npy"))
+    if plan_file.exists():
+        refuse_other(unfinished, "was begun", json.loads(plan_file.read_text()), settings, "OUT")
+    elif rank == 0:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        size = sampler.draw([0], sampler.classes[:1]).shape[-1]
+        np.lib.format.open_memmap(images_file, "w+", np.uint8, (NUM_SAMPLES, size, size, 3))
+        np.lib.format.open_memmap(done_file, "w+", bool, (NUM_SAMPLES,))
+        write_atomically(plan_file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    wait_for_all()
+    images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
+    missing = np.flatnonzero(~done)
+    wait_for_all()  # all have seen the same before one goes on
+
+    classes = [class_of(i, sampler.classes) for i in range(NUM_SAMPLES)]
+    batches = [missing[i : i + BATCH_SIZE] for i in range(0, len(missing), BATCH_SIZE)]
+    with tqdm(total=NUM_SAMPLES, initial=NUM_SAMPLES - len(missing), unit="img", desc="sampling", disable=rank > 0) as bar:
+        for batch in batches[rank::world]:
+            images[batch] = sampler.draw(batch, [classes[i] for i in batch]).permute(0, 2, 3, 1).numpy()
+            images.flush()
+            done[batch] = True
+            bar.update(int(done.sum()) - bar.n)  # of all processes
+    wait_for_all()
+    if rank:
+        return
+
+    def write(path):
+        with open(path, "wb") as file:
+            np.savez(file, arr_0=images, arr_1=np.array(classes))
+
+    write_atomically(out / "samples.npz", write)
+    if PNGS:
+        (out / "png").mkdir(exist_ok=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda i: Image.fromarray(images[i]).save(out / f"png/{i:06d}.png"), range(NUM_SAMPLES)))
+    described = dict(settings, checkpoint=checkpoint, processes=world, torch=torch.__version__)
+    write_atomically(out / "samples.json", lambda path: path.write_text(json.dumps(described, indent=1)))
+    shutil.rmtree(unfinished)
+    print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, classes {CLASS_SAMPLING}")
+
+
+def main():
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_settings()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    checkpoint, out = Path(CHECKPOINT or Path(RUN_DIR) / "ema.safetensors"), Path(OUT)
+    sampler = Sampler(checkpoint, device)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only for barriers, also between GPUs
+
+    # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
+    names = ("VAE", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "SEED", "MODE", "SOLVER", "STEPS", "TOLERANCE", "SPACING",
+             "CFG_SCALE", "GUIDANCE", "PRECISION")
+    with open(checkpoint, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    settings = dict(weights_sha256=digest.hexdigest(), **{name: globals()[name] for name in names})
+    settings = json.loads(json.dumps(settings, default=str))
+    finished = NUM_SAMPLES and (out / "samples.json").exists()
+    if finished:
+        refuse_other(out, "has samples", json.loads((out / "samples.json").read_text()), settings, "OUT")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        save_pictures(sampler, out)
+    if finished and rank == 0:
+        print(f"{out / 'samples.npz'}: already drawn; nothing to do")
+    elif NUM_SAMPLES and not finished:
+        draw_samples(sampler, out, settings, str(checkpoint), rank, world)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

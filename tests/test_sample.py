@@ -1,11 +1,16 @@
 """Samplers equal the reference; samples depend on (seed, index); what main() writes and refuses."""
 
+import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden, set_constants
+from conftest import ROOT, load_golden, set_constants
 from PIL import Image
 
 import sample
@@ -86,7 +91,8 @@ def run_dir(data_dir, teacher_file, tmp_path_factory):
 def draw(monkeypatch, run_dir, tmp_path):
     def run(name, **constants):
         set_constants(monkeypatch, sample, **{**dict(RUN_DIR=str(run_dir), OUT=str(tmp_path / name), NUM_SAMPLES=23, STEPS=3,
-                                                     BATCH_SIZE=8, GRID=(10, 3), CFG_SCALE=1.5), **constants})
+                                                     BATCH_SIZE=8, GRID=(10, 3), CFG_SCALE=1.5, COMPILE=False,
+                                                     CLASS_SAMPLING="balanced"), **constants})
         sample.main()
         out = tmp_path / name
         npz = np.load(out / "samples.npz")["arr_0"] if (out / "samples.npz").exists() else None
@@ -130,6 +136,172 @@ def test_published_checkpoints_load(tmp_path):
         assert torch.equal(ours(x, t, y)[0], theirs(x, t, y)[0])
 
 
+class Innocent:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys):
+    """As REPA and HASTE save them: model, ema, opt, args and steps, projectors for one or several teachers."""
+    theirs = build("SiT-S/2", qk_norm=True)
+    state = {**theirs.state_dict(), **{f"projectors.1.{i}.bias": torch.zeros(3) for i in (0, 2, 4)}}
+    whole = dict(model=state, ema=state, opt=dict(state={}), args=argparse.Namespace(cfg_prob=0.1), steps=400_000)
+    torch.save(whole, tmp_path / "published.pt")
+    ours, _ = sample.load_model(tmp_path / "published.pt")
+    x, t, y = torch.randn(1, 4, 32, 32), torch.rand(1), torch.tensor([3])
+    assert torch.equal(ours(x, t, y)[0], theirs(x, t, y)[0])
+    torch.save(dict(whole, args=Innocent()), tmp_path / "strange.pt")
+    with pytest.raises(ValueError, match="strange.pt: not a SiT checkpoint, or damaged"):
+        sample.load_model(tmp_path / "strange.pt")
+    assert "code from" not in capsys.readouterr().out
+    torch.save(dict(ema=dict(state, **{"blocks.0.extra": torch.zeros(1), "head.bias": torch.zeros(1)})), tmp_path / "more.pt")
+    with pytest.raises(ValueError, match=r"more.pt: .*unexpected keys blocks\.0\.extra, head\.bias\); copy"):
+        sample.load_model(tmp_path / "more.pt")
+    torch.save({"conv1.weight": torch.zeros(1), "bn.bias": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt: .*unexpected keys bn\.bias, conv1\.weight\); copy"):
+        sample.load_model(tmp_path / "other.pt")
+
+
+def test_classes_are_drawn_at_random_or_in_turn(monkeypatch):
+    classes = [3, 5, 9]
+    drawn = [sample.class_of(i, classes) for i in range(3000)]
+    assert all(drawn.count(c) / 3000 == pytest.approx(1 / 3, abs=0.05) for c in classes) and len(set(drawn[:3] + drawn[3:9])) == 3
+    assert drawn[7] == sample.class_of(7, classes) and drawn[:30] != [classes[i % 3] for i in range(30)]
+    monkeypatch.setattr(sample, "CLASS_SAMPLING", "balanced")
+    assert [sample.class_of(i, classes) for i in range(5)] == [3, 5, 9, 3, 5]
+
+
+def test_guidance_calls_the_network_once_a_step_and_only_inside_the_interval():
+    rows = []
+
+    def velocity(x, t, y):
+        rows.append((t[0].item(), len(x), y.tolist()))
+        return x * 0
+
+    noise, y = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    sample_ode(velocity, noise, y, steps=4, null=7, cfg_scale=1.0)
+    assert [n for _, n, _ in rows] == [2] * 4
+    rows.clear()
+    sample_ode(velocity, noise, y, steps=4, null=7, cfg_scale=2.0, guidance=(0.3, 0.75))
+    assert rows == [(1, 2, [0, 1]), (0.75, 4, [0, 1, 7, 7]), (0.5, 4, [0, 1, 7, 7]), (0.25, 2, [0, 1])]
+
+
+def test_step_times_go_from_noise_to_data_as_spaced():
+    for spacing in (1.0, 3.0, "log"):
+        times = sample.step_times(11, 0.04, spacing)
+        assert times[0] == 1 and times[-1] == pytest.approx(0.04) and (times.diff() < 0).all()
+    even, shifted, log = (sample.step_times(11, 0.04, spacing).diff().abs() for spacing in (1.0, 3.0, "log"))
+    assert torch.allclose(even, even[:1].expand(10)) and shifted[0] < even[0] < shifted[-1] and log[-1] < even[0] < log[0]
+
+
+def curved(x, t, y):
+    """A velocity that turns with time and with the state."""
+    return torch.sin(3 * t).view(-1, 1, 1, 1) * x + torch.cos(x) * (1 + y).view(-1, 1, 1, 1)
+
+
+def test_the_adaptive_solver_is_accurate_and_no_sample_depends_on_its_batch():
+    noise, y = torch.randn(5, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4])
+    exact = sample_ode(curved, noise, y, steps=4000, null=9, heun=True)
+    for tolerance, error in ((1e-3, 1e-2), (1e-6, 1e-5)):
+        assert (sample.sample_adaptive(curved, noise, y, null=9, tolerance=tolerance) - exact).abs().max() < error
+    together = sample.sample_adaptive(curved, noise, y, null=9, cfg_scale=2.0, guidance=(0.2, 0.7))
+    alone = sample.sample_adaptive(curved, noise[3:4], y[3:4], null=9, cfg_scale=2.0, guidance=(0.2, 0.7))
+    assert torch.equal(together[3], alone[0])
+    guided = sample_ode(curved, noise, y, steps=4000, null=9, cfg_scale=2.0, guidance=(0.2, 0.7))
+    assert (together - guided).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("constants", [dict(MODE="ode", SOLVER="heun"), dict(MODE="ode", SOLVER="adaptive"),
+                                       dict(MODE="ode", SPACING=2.0), dict(MODE="sde", SPACING="log", STEPS=4)])
+def test_every_solver_draws(draw, constants):
+    images, _ = draw("s", NUM_SAMPLES=5, GRID=(2, 1), **constants)
+    assert images.shape == (5, 28, 28, 3) and images.std() > 5
+
+
+def test_pictures_show_one_noise_at_several_scales_from_several_checkpoints_and_the_way(draw, run_dir, tmp_path):
+    earlier = run_dir / "checkpoints/step_0000002/ema.safetensors"
+    _, grid = draw("p", NUM_SAMPLES=0, GRID=(3, 1), COMPARE=(1.0, 1.5, str(earlier)), FRAMES=3, MODE="ode")
+    compared, path = (np.asarray(Image.open(tmp_path / "p" / name)) for name in ("compare.png", "path.png"))
+    assert compared.shape == path.shape == (84, 84, 3)
+    columns = [compared[:, 28 * i : 28 * i + 28] for i in range(3)]
+    assert np.array_equal(columns[1], grid) and np.array_equal(path[:, 56:], grid)  # CFG_SCALE is 1.5
+    assert not np.array_equal(columns[0], grid) and not np.array_equal(columns[2], grid)
+    noise = to_bytes(IndexedNoise(0, range(3)).draw((1, 28, 28))).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(path[:, :28], noise.reshape(84, 28, 3))
+
+
+def test_files_are_in_adms_layout_and_named_by_their_settings(draw, tmp_path):
+    images, _ = draw("f", CLASS_SAMPLING="uniform", PNGS=True)
+    with np.load(tmp_path / "f/samples.npz") as file:
+        assert file.files == ["arr_0", "arr_1"] and file["arr_1"].tolist() == [sample.class_of(i, list(range(10)))
+                                                                              for i in range(23)]
+    assert len(list((tmp_path / "f/png").iterdir())) == 23 and not (tmp_path / "f/unfinished").exists()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "f/png/000007.png")), images[7])
+    described = json.loads((tmp_path / "f/samples.json").read_text())
+    assert described["CLASS_SAMPLING"] == "uniform" and described["CFG_SCALE"] == 1.5 and len(described["weights_sha256"]) == 64
+
+
+def test_finished_samples_are_left_alone_and_other_settings_are_refused(draw, tmp_path, capsys):
+    draw("d", NUM_SAMPLES=5)
+    before = (tmp_path / "d/samples.npz").read_bytes()
+    draw("d", NUM_SAMPLES=5)
+    assert "already drawn; nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"has samples with other settings \(SEED 0, now 1\); set them back, choose another OUT"):
+        draw("d", NUM_SAMPLES=5, SEED=1)
+    assert (tmp_path / "d/samples.npz").read_bytes() == before
+
+
+DRAWING = """
+import json, os, signal, sys
+import sample
+for name, value in json.loads(sys.argv[1]).items():
+    setattr(sample, name, value)
+draw, drawn = sample.Sampler.draw, []
+def counted(self, indices, classes, **options):
+    drawn.append(indices)
+    if len(drawn) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(self, indices, classes, **options)
+sample.Sampler.draw = counted
+sample.main()
+"""
+
+
+@pytest.fixture
+def draw_process(run_dir, tmp_path):
+    """Runs sample.main() in processes of its own; each kills itself at its n-th call of the sampler."""
+    (tmp_path / "drawing.py").write_text(DRAWING)
+
+    def run(name, kill_at=0, processes=None, **constants):
+        constants = dict(dict(RUN_DIR=str(run_dir), OUT=str(tmp_path / name), NUM_SAMPLES=23, STEPS=3, BATCH_SIZE=4,
+                              GRID=(1, 1)), **constants)
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+        return subprocess.run([sys.executable, *launch, str(tmp_path / "drawing.py"), json.dumps(constants), str(kill_at)],
+                              cwd=ROOT, text=True, capture_output=True, timeout=300,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return run
+
+
+def test_two_processes_draw_what_one_draws(draw_process, tmp_path):
+    one, two = draw_process("one"), draw_process("two", processes=2)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert a.shape == (23, 28, 28, 3) and np.abs(a - b).max() <= 1
+
+
+def test_killed_it_goes_on_where_it_was(draw_process, tmp_path):
+    killed = draw_process("run", kill_at=5)  # the grid, the size, and two batches are drawn
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "run/samples.npz").exists()
+    unfinished = tmp_path / "run/unfinished"
+    assert np.load(unfinished / "done.npy").tolist() == [True] * 8 + [False] * 15
+    np.load(unfinished / "images.npy", mmap_mode="r+")[3] = 77  # would be another if it were drawn again
+    other = draw_process("run", STEPS=4)
+    assert other.returncode != 0 and "unfinished: was begun with other settings (STEPS 3, now 4)" in other.stderr
+    assert draw_process("run").returncode == 0 and draw_process("whole").returncode == 0
+    resumed, whole = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("run", "whole"))
+    assert (resumed[3] == 77).all() and np.array_equal(np.delete(resumed, 3, axis=0), np.delete(whole, 3, axis=0))
+
+
 def test_bad_input_is_refused(draw, run_dir, tmp_path):
     with pytest.raises(ValueError, match="ema.safetensors: no such file; train first"):
         draw("x", RUN_DIR=str(tmp_path / "absent"))
@@ -138,9 +310,13 @@ def test_bad_input_is_refused(draw, run_dir, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: not a SiT checkpoint, or damaged"):
             draw("x", CHECKPOINT=str(tmp_path / name))
     for constants, message in ((dict(CLASSES=[10]), r"CLASSES \[10\] must name .* classes 0\.\.9"),
-                               (dict(MODE="pde"), "unknown MODE 'pde'")):
+                               (dict(MODE="pde"), "unknown MODE 'pde'"), (dict(SOLVER="rk"), "unknown SOLVER 'rk'"),
+                               (dict(CLASS_SAMPLING="some"), "unknown CLASS_SAMPLING 'some'"),
+                               (dict(SPACING=0), "SPACING 0 is neither"),
+                               (dict(FRAMES=2, MODE="ode", SOLVER="adaptive"), "FRAMES needs steps at the same times")):
         with pytest.raises(ValueError, match=message):
-            draw("x", **{"CHECKPOINT": None, "CLASSES": None, **constants})
+            draw("x", **{"CHECKPOINT": None, "CLASSES": None, "MODE": "sde", "SOLVER": "euler",
+                         "CLASS_SAMPLING": "uniform", "SPACING": 1.0, **constants})
     assert not (tmp_path / "x").exists()
 
 
