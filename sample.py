@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,7 @@ MODE = "sde"  # "sde" (Euler-Maruyama) or "ode"
 SOLVER = "euler"  # of the ODE: "euler"; "heun", second order at twice the cost; "adaptive", Dormand-Prince 5(4)
 STEPS = 250  # of all but "adaptive", whose steps follow TOLERANCE
 TOLERANCE = 1e-3
-SPACING = 1.0  # of the steps' times: 1, equal; s > 1, denser at the noise: t -> s t / (1 + (s - 1) t); "log", at the data
+SPACING = 1.0  # of the steps' times: 1, equal; s > 1, denser at the noise, t -> s t / (1 + (s - 1) t); "log": at data
 CFG_SCALE = 1.825  # classifier-free guidance; 1: none
 GUIDANCE = (0.0, 0.6)  # times t at which guidance acts, both ends included
 # speed
@@ -140,7 +141,7 @@ def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, gu
 @torch.no_grad()
 def sample_adaptive(velocity, noise, y, *, null, tolerance=1e-3, cfg_scale=1.0, guidance=(0.0, 1.0)):
     """Follows the same ODE by Dormand-Prince 5(4) (scipy's RK45), each sample in steps of its own, so that none depends
-    on its batch. tolerance: of a step's error, relative to the state; a thousandth of it absolute. Otherwise sample_ode.
+    on its batch. tolerance: of a step's error, relative to the state; a thousandth of it absolute. Else as sample_ode.
     """
     A, B, C, E = RK45.A, RK45.B, RK45.C, RK45.E
     x, result, at = noise.double(), torch.empty_like(noise, dtype=torch.float64), torch.arange(len(y))
@@ -241,16 +242,20 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed):
     rows, columns, vae_meta = min(grid[0], model.num_classes), grid[1], settings["data"]["vae"]
     noise = IndexedNoise(seed, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
     y = torch.linspace(0, model.num_classes - 1, rows).round().long().repeat_interleave(columns)
-    images = [to_bytes(sample_ode(velocity_of(model, device), row_noise.to(device), row_y.to(device), steps=steps,
-                                  null=model.num_classes, path=settings["PATH"]), vae, vae_meta and vae_meta["scale"])
-              for row_noise, row_y in zip(noise.split(columns), y.split(columns))]
+    velocity, images = velocity_of(model, settings, device), []
+    for row_noise, row_y in zip(noise.split(columns), y.split(columns)):
+        latents = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=model.num_classes,
+                             path=settings["PATH"])
+        images.append(to_bytes(latents, vae, vae_meta and vae_meta["scale"]))
     save_grid(torch.cat(images), columns, path)
 
 
-def velocity_of(model, device, precision="bf16"):
+def velocity_of(model, settings, device, precision="bf16"):
     """The model's velocity as a function (x, t, y); its products in bf16 on a GPU, unless precision is "float32"."""
     def velocity(x, t, y):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bf16"):
+            if settings.get("time_from_noise"):
+                return -model(x, 1 - t, y)[0]
             return model(x, t, y)[0]
     return velocity
 
@@ -264,15 +269,17 @@ def published_settings(state):
                hidden_size=hidden, depth=depth, num_heads=heads, qk_norm="blocks.0.attn.q_norm.weight" in state,
                num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1,
                learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels)
-    return dict(sit=sit, PATH="linear", data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
+    # the first release's time runs the other way, from noise to data
+    return dict(sit=sit, PATH="linear", time_from_noise=sit["learn_sigma"],
+                data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
 
 
 def load_model(path):
     """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
-    Ours is a safetensors file with settings in its header. Published ones are a state dict, bare or under "ema"; of what
-    else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file is missing, damaged or
-    of another kind.
+    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
+    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file
+    is missing, damaged or of another kind.
     """
     path = Path(path)
     if not path.exists():
@@ -287,7 +294,10 @@ def load_model(path):
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = state.get("ema", state)
-        state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+        # REPA's first files number the blocks after the projector's anew
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value
+                 for key, value in state.items() if not key.startswith("projectors.")}
         unexpected = sorted(state)
         settings = settings or published_settings(state)
         model = SiT(**{**settings["sit"], "teacher_dim": None})
@@ -331,7 +341,7 @@ class Sampler:
         if COMPILE and device.type == "cuda":  # by block: one compilation serves all, and one more any other batch size
             for part in (*model.blocks, model.final_layer):
                 part.forward = torch.compile(part.forward, fullgraph=True)
-        self.device, self.velocity = device, velocity_of(model.to(device), device, PRECISION)
+        self.device, self.velocity = device, velocity_of(model.to(device), self.settings, device, PRECISION)
 
     def draw(self, indices, classes, cfg_scale=None, velocity=None):
         """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of class classes[i]."""
@@ -360,8 +370,8 @@ def class_of(index, classes):
 
 
 def save_pictures(sampler, out):
-    """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r of
-    K classes: of class-balanced samples it is that sample."""
+    """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r
+    of K classes: of class-balanced samples it is that sample."""
     rows, columns = min(GRID[0], len(sampler.classes)), GRID[1]
     shown = sampler.classes[:rows]
     grid = [(c * len(sampler.classes) + r, shown[r]) for r in range(rows) for c in range(columns)]
@@ -411,7 +421,8 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
 
     classes = [class_of(i, sampler.classes) for i in range(NUM_SAMPLES)]
     batches = [missing[i : i + BATCH_SIZE] for i in range(0, len(missing), BATCH_SIZE)]
-    with tqdm(total=NUM_SAMPLES, initial=NUM_SAMPLES - len(missing), unit="img", desc="sampling", disable=rank > 0) as bar:
+    drawn = NUM_SAMPLES - len(missing)
+    with tqdm(total=NUM_SAMPLES, initial=drawn, unit="img", desc="sampling", disable=rank > 0) as bar:
         for batch in batches[rank::world]:
             images[batch] = sampler.draw(batch, [classes[i] for i in batch]).permute(0, 2, 3, 1).numpy()
             images.flush()
@@ -449,8 +460,8 @@ def main():
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # only for barriers, also between GPUs
 
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
-    names = ("VAE", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "SEED", "MODE", "SOLVER", "STEPS", "TOLERANCE", "SPACING",
-             "CFG_SCALE", "GUIDANCE", "PRECISION")
+    names = ("VAE", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "SEED", "MODE", "SOLVER", "STEPS", "TOLERANCE",
+             "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
     with open(checkpoint, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):

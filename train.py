@@ -468,8 +468,8 @@ def main():
         seen = [None] * world
         dist.all_gather_object(seen, (run / "settings.json").exists())
         if not all(seen):
-            raise ValueError(f"{run}: rank {seen.index(False)} does not see what rank 0 wrote there; put RUN_DIR on a disk "
-                             f"that all nodes share")
+            raise ValueError(f"{run}: rank {seen.index(False)} does not see what rank 0 wrote there; put RUN_DIR on a "
+                             f"disk that all nodes share")
     track = open_tracker(run, settings) if rank == 0 else None
 
     def log(text):
@@ -502,11 +502,13 @@ def main():
     micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
     peak_rate = world * matrix_rate(device, precision)
     kept = 5 if ACTIVATION_CHECKPOINTING else 50 if precision == torch.bfloat16 else 80  # measured, a quarter more in I
-    memory = parameters * (20 / shards + precision.itemsize) + kept * micro * len(model.blocks) * model.pos_embed.numel()
+    activations = kept * micro * len(model.blocks) * model.pos_embed.numel()
+    memory = parameters * (20 / shards + precision.itemsize) + activations
+    needed = timedelta(seconds=round(1000 * BATCH_SIZE * flops / (peak_rate / 2)))
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
         f"phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
-        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {timedelta(seconds=round(2000 * BATCH_SIZE * flops / peak_rate))}")
+        f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the "
+        f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {needed}")
 
     def open_all(first, last):
         return on_device(open_batches(data, first, last, rank, world), device)
@@ -596,8 +598,8 @@ def main():
         if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
             weights = whole_ema(ema, rank)
             if rank == 0:
-                sample.save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
-                                    PREVIEW_STEPS, SEED)
+                sample.save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device,
+                                    PREVIEW_GRID, PREVIEW_STEPS, SEED)
         if step % CHECKPOINT_EVERY == 0 or step == STEPS or stopping:
             if saving is not None:
                 saving.exception()  # waits for the one before
@@ -614,8 +616,8 @@ def main():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if saving is not None and saving.exception():
-        raise OSError(f"step {step}: checkpoint not written ({saving.exception()}); make room in {run} and run the same "
-                      f"command again: it resumes from the checkpoint before")
+        raise OSError(f"step {step}: checkpoint not written ({saving.exception()}); make room in {run} and run the "
+                      f"same command again: it resumes from the checkpoint before")
     if stopping:
         log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
     elif step == STEPS:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,10 @@ def test_published_checkpoints_load(tmp_path):
         assert found["PATH"] == "linear" and found["data"]["vae"]["scale"] == 0.18215
         x, t, y = torch.randn(1, 4, 32, 32), torch.rand(1), torch.tensor([1000])
         assert torch.equal(ours(x, t, y)[0], theirs(x, t, y)[0])
+        velocity = sample.velocity_of(ours, found, torch.device("cpu"))
+        # SiT's own release counts time from noise to data; REPA and HASTE from data to noise, as we do
+        expected = -theirs(x, 1 - t, y)[0] if "learn_sigma" in settings else theirs(x, t, y)[0]
+        assert torch.equal(velocity(x, t, y), expected)
 
 
 class Innocent:
@@ -150,6 +155,10 @@ def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys
     ours, _ = sample.load_model(tmp_path / "published.pt")
     x, t, y = torch.randn(1, 4, 32, 32), torch.rand(1), torch.tensor([3])
     assert torch.equal(ours(x, t, y)[0], theirs(x, t, y)[0])
+    older = {re.sub(r"^blocks\.(8|9|10|11)\.", lambda found: f"decoder_blocks.{int(found[1]) - 8}.", key): value
+             for key, value in state.items()}
+    torch.save(dict(ema=older), tmp_path / "older.pt")
+    assert torch.equal(sample.load_model(tmp_path / "older.pt")[0](x, t, y)[0], theirs(x, t, y)[0])
     torch.save(dict(whole, args=Innocent()), tmp_path / "strange.pt")
     with pytest.raises(ValueError, match="strange.pt: not a SiT checkpoint, or damaged"):
         sample.load_model(tmp_path / "strange.pt")
