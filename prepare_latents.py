@@ -610,12 +610,16 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
                          f"set them back, choose another {constant} or delete the folder")
 
 
-def reserve(path, shape):
-    """A float16 .npy of zeros with its space on the disk: a memory map that runs out of disk kills the process."""
-    np.lib.format.open_memmap(path, "w+", np.float16, shape)
+def reserve(path, shape, dtype=np.float16):
+    """A .npy of zeros with its space on the disk: a memory map that runs out of disk kills the process."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                raise ValueError(f"{path}: no room for {os.path.getsize(path):,} bytes ({error.strerror}); make room or "
+                                 f"choose another folder") from error
 
 
 def check_space(folder, crops, count, latents_bytes):

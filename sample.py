@@ -29,7 +29,7 @@ from scipy.integrate import RK45
 from tqdm import tqdm
 
 from model import MODELS, SiT
-from prepare_latents import load_vae, refuse_other, write_atomically
+from prepare_latents import load_vae, refuse_other, reserve, write_atomically
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
@@ -400,7 +400,8 @@ def save_pictures(sampler, out):
 
 
 def draw_samples(sampler, out, settings, checkpoint, rank, world):
-    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes), by all processes, and samples.json that describes it.
+    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes), by all processes, samples.json that describes it, and
+    the pictures.
 
     The images go straight into a memory-mapped file in OUT/unfinished, where `done` says which are there.
     """
@@ -411,13 +412,15 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     elif rank == 0:
         unfinished.mkdir(parents=True, exist_ok=True)
         size = sampler.draw([0], sampler.classes[:1]).shape[-1]
-        np.lib.format.open_memmap(images_file, "w+", np.uint8, (NUM_SAMPLES, size, size, 3))
-        np.lib.format.open_memmap(done_file, "w+", bool, (NUM_SAMPLES,))
+        reserve(images_file, (NUM_SAMPLES, size, size, 3), np.uint8)
+        reserve(done_file, (NUM_SAMPLES,), bool)
         write_atomically(plan_file, lambda path: path.write_text(json.dumps(settings, indent=1)))
     wait_for_all()
     images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     missing = np.flatnonzero(~done)
     wait_for_all()  # all have seen the same before one goes on
+    if rank == 0:  # while the others begin
+        save_pictures(sampler, out)
 
     classes = [class_of(i, sampler.classes) for i in range(NUM_SAMPLES)]
     batches = [missing[i : i + BATCH_SIZE] for i in range(0, len(missing), BATCH_SIZE)]
@@ -471,13 +474,13 @@ def main():
     finished = NUM_SAMPLES and (out / "samples.json").exists()
     if finished:
         refuse_other(out, "has samples", json.loads((out / "samples.json").read_text()), settings, "OUT")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        save_pictures(sampler, out)
-    if finished and rank == 0:
-        print(f"{out / 'samples.npz'}: already drawn; nothing to do")
-    elif NUM_SAMPLES and not finished:
+        if rank == 0:
+            print(f"{out / 'samples.npz'}: already drawn")
+    out.mkdir(parents=True, exist_ok=True)
+    if NUM_SAMPLES and not finished:
         draw_samples(sampler, out, settings, str(checkpoint), rank, world)
+    elif rank == 0:
+        save_pictures(sampler, out)
     if world > 1:
         dist.destroy_process_group()
 
@@ -485,5 +488,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # bad input: its one line says what, where and the remedy
+    except (ValueError, OSError) as error:  # bad input: its one line says what, where and the remedy
         sys.exit(f"sample.py: {error}")
