@@ -315,6 +315,12 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def compile_blocks(model, dynamic):
+    """Compiles a SiT block by block: one compilation serves all of them, and FSDP gathers their weights between them."""
+    for part in (*model.blocks, model.final_layer):
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=dynamic)
+
+
 def shard(model, device, replicas, shards, dtype, gather_again):
     """Spreads a SiT over replicas * shards processes (FSDP2), each block by itself, gathered in `dtype` for its use.
 
@@ -329,6 +335,20 @@ def shard(model, device, replicas, shards, dtype, gather_again):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=gather_again)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
                 reshard_after_forward=gather_again)
+
+
+def drop_projector(model, optimizer):
+    """Removes the projector from the model and its weights from the optimiser, whose state of the others stays."""
+    model.projectors = None
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in model.parameters() if p.requires_grad]
+    for p in optimizer.state.keys() - set(group["params"]):
+        del optimizer.state[p]
+
+
+def ema_parameters(model):
+    """The parameters that are averaged: all but the projector, which sampling does not need."""
+    return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
 
 
 def run_state(model, optimizer, ema):

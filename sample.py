@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.integrate import RK45
 from tqdm import tqdm
 
-from model import MODELS, SiT
+from model import MODELS, SiT, compile_blocks
 from prepare_latents import load_vae, refuse_other, reserve, write_atomically
 
 # what to draw from
@@ -338,9 +338,8 @@ class Sampler:
         vae_meta, self.vae, self.scale = self.settings["data"]["vae"], None, None
         if vae_meta is not None:
             self.vae, self.scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
-        if COMPILE and device.type == "cuda":  # by block: one compilation serves all, and one more any other batch size
-            for part in (*model.blocks, model.final_layer):
-                part.forward = torch.compile(part.forward, fullgraph=True)
+        if COMPILE and device.type == "cuda":
+            compile_blocks(model, dynamic=None)  # once for BATCH_SIZE, once for any other number of rows
         self.device, self.velocity = device, velocity_of(model.to(device), self.settings, device, PRECISION)
 
     def draw(self, indices, classes, cfg_scale=None, velocity=None):

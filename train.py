@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sample
-from model import (MODELS, attention_logits, build, damaged, finished_checkpoints, flops_per_image, load_checkpoint,
-                   matrix_rate, peak_gib, run_state, save_checkpoint, shard, whole, whole_ema)
+from model import (MODELS, attention_logits, build, compile_blocks, damaged, drop_projector, ema_parameters,
+                   finished_checkpoints, flops_per_image, load_checkpoint, matrix_rate, peak_gib, run_state,
+                   save_checkpoint, shard, whole, whole_ema)
 from prepare_latents import PreparedDataset, leave_process_group, load_vae, write_atomically
 from teacher import teacher_for_grid
 
@@ -248,30 +249,6 @@ def make_optimizer(model):
     return optimizer
 
 
-def compile_parts(model, teacher):
-    """Compiles the student's blocks and final layer, a teacher, and alignment_losses, which it returns.
-
-    By block: one compilation serves all of them, in phase II too, and FSDP gathers their weights between them.
-    """
-    for part in (*model.blocks, model.final_layer, *([teacher] if teacher is not None else [])):
-        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
-    return torch.compile(alignment_losses, fullgraph=True, dynamic=False)
-
-
-def drop_projector(model, optimizer):
-    """Removes the projector from the model and its weights from the optimiser, whose state of the others stays."""
-    model.projectors = None
-    group = optimizer.param_groups[0]
-    group["params"] = [p for p in model.parameters() if p.requires_grad]
-    for p in optimizer.state.keys() - set(group["params"]):
-        del optimizer.state[p]
-
-
-def ema_parameters(model):
-    """The parameters that are averaged: all but the projector, which sampling does not need."""
-    return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
-
-
 def current_settings(data, sit):
     """Every constant of this file, the model's arguments and the data set: what makes the run repeatable."""
     not_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
@@ -443,7 +420,10 @@ def main():
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     flops = flops_per_image(model, teacher)
     if COMPILE:
-        align = compile_parts(model, teacher)
+        compile_blocks(model, dynamic=False)
+        align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
+        if aligning:
+            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
     shards = 1 if SHARDING == "replicate" else per_node  # several nodes: sharded inside each, replicated between them
     if world > 1:
         shard(model, device, world // shards, shards, precision, gather_again=SHARDING == "zero3")

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prepare_latents
 import train
-from model import build, flops_per_image, matrix_rate
+from model import build, compile_blocks, drop_projector, ema_parameters, flops_per_image, matrix_rate
 from prepare_latents import AutoencoderKL, Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 
@@ -59,11 +59,14 @@ def make_step(kind):
         teacher = Teacher(network, [layer for _, layer in LAYER_PAIRS], model.grid * 14).to(device)
     flops = flops_per_image(model, teacher)
     if COMPILE:
-        align = train.compile_parts(model, teacher)
+        compile_blocks(model, dynamic=False)
+        align = torch.compile(align, fullgraph=True, dynamic=False)
+        if teacher is not None:
+            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
     optimizer = train.make_optimizer(model)
     if kind == "phase II":
-        train.drop_projector(model, optimizer)
-    ema = {name: p.detach().clone() for name, p in train.ema_parameters(model).items()}
+        drop_projector(model, optimizer)
+    ema = {name: p.detach().clone() for name, p in ema_parameters(model).items()}
     update_ema = get_ema_multi_avg_fn(0.9999)
     x, noise = torch.randn(2, BATCH_SIZE, 4, 32, 32, device=device)
     t, y = torch.rand(BATCH_SIZE, device=device), torch.randint(0, 1000, (BATCH_SIZE,), device=device)
@@ -76,7 +79,7 @@ def make_step(kind):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(list(ema.values()), list(train.ema_parameters(model).values()), None)
+        update_ema(list(ema.values()), list(ema_parameters(model).values()), None)
     return step, flops
 
 
@@ -238,4 +241,4 @@ def bench_steps():
 
 
 if __name__ == "__main__":
-    dict(train=bench_steps, data=bench_data)[sys.argv[1]]()
+    bench_data() if sys.argv[1:] == ["data"] else bench_steps()
