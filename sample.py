@@ -8,7 +8,6 @@ The weights say which model, interpolant and VAE they belong to, so nothing is s
 its index) alone, not on the batch size, the number of GPUs or how many are drawn. Killed, the same command goes on.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -291,7 +290,9 @@ def load_model(path):
                 settings = json.loads((file.metadata() or {}).get("settings", "null"))
                 state = {key: file.get_tensor(key) for key in file.keys()}
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            # their training arguments' class is let in by its name, for which this empty one stands
+            namespace = type("Namespace", (), dict(__module__="argparse"))
+            with torch.serialization.safe_globals([namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = state.get("ema", state)
         # REPA's first files number the blocks after the projector's anew
