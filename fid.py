@@ -1,45 +1,56 @@
 """Scores samples against real images: FID, sFID, inception score, precision and recall, as ADM's evaluator does.
 
     python fid.py                                       # SAMPLES against REFERENCE, with the constants below
+    torchrun --nproc_per_node=8 fid.py                  # the same figures, by eight processes
     fid.SAMPLES = "my.npz"; fid.main()                  # from a Python file of yours
 
-ADM is OpenAI's guided-diffusion (arXiv 2105.05233); its reference file for ImageNet 256x256 is
+What is measured of REFERENCE is kept in an .npz beside it, for the next evaluation. ADM is OpenAI's
+guided-diffusion (arXiv 2105.05233); its reference file for ImageNet 256x256 is
 https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz
 """
 
+import hashlib
 import json
 import os
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from scipy.special import xlogy
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import teacher
-from prepare_latents import PreparedDataset, write_atomically
+from prepare_latents import PreparedDataset, leave_process_group, list_folder, new_batch, to_rgb, write_atomically
 
-# what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]) or a folder made by prepare_latents.py
+# what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by prepare_latents.py,
+# or the folder of a run or of its samples, where samples.npz is taken
 SAMPLES = "runs/haste-xl/samples/samples.npz"  # the paper: 50,000 samples
-REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # mu, sigma, mu_s, sigma_s in an .npz are used as stored
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # mu, sigma, mu_s, sigma_s in an .npz are used as stored; they may be all
 OUT = "runs/haste-xl/fid.json"
 # in which features
 FEATURES = "inception"  # or what teacher.load_network takes: a timm name or a .safetensors file
+FEATURES_SIZE = 224  # pixels at which a timm name's network sees images; None: its own size, as a .safetensors file's
 INCEPTION_WEIGHTS = None  # None: fetch INCEPTION_URL into torch.hub's cache; or the path of that file
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 PRECISION_RECALL_IMAGES = 10_000  # images of REFERENCE for precision and recall, as many as ADM's file has; None: all
 # speed and memory
 BATCH_SIZE = 128  # images per call of the network
-WORKERS = 8  # processes that decode a folder's images; 0: none but this one
+WORKERS = 8  # processes per GPU that decode a folder's images; 0: none but this one
 DISTANCES = 2**26  # distances between features in memory at once; 2**26 are 256 MiB
 
 
@@ -188,6 +199,7 @@ class InceptionV3(nn.Module):
                                         branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)]))
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # on a CPU 1.5 times as fast
 
     @torch.no_grad()
     def forward(self, images):
@@ -209,7 +221,8 @@ class InceptionV3(nn.Module):
 
 
 def load_inception():
-    """InceptionV3("tf1") with INCEPTION_WEIGHTS, or with INCEPTION_URL, fetched once and checked against its hash."""
+    """(InceptionV3("tf1"), its weights' path), INCEPTION_WEIGHTS or INCEPTION_URL's, fetched once and checked against
+    its hash."""
     path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
         if INCEPTION_WEIGHTS:
@@ -219,7 +232,7 @@ def load_inception():
                                                        weights_only=True)
         network = InceptionV3("tf1")
         network.load_state_dict(state)
-        return network
+        return network, path
     except Exception as error:  # network, zip, unpickler and state dict each raise their own; one sentence serves all
         found = "damaged, or of another network" if path.exists() else "no such file, nor could it be fetched"
         reason = " ".join(str(error).split())[:120] or type(error).__name__
@@ -227,125 +240,317 @@ def load_inception():
                          f"INCEPTION_WEIGHTS to the path of one") from error
 
 
-# ---- images and their statistics
+@torch.no_grad()
+def load_features(device):
+    """(callable for measure(), {name, input size, sha256 of the weights}) of the network that FEATURES names.
+
+    A timm network's features are its head's input: of DINOv2 the normed class token. FD-DINOv2 (arXiv 2306.04675)
+    resizes as Pillow does, bicubic with antialias to bytes; this equals it within 1."""
+    file = FEATURES if str(FEATURES).endswith(".safetensors") else None
+    if FEATURES == "inception":
+        network, file = load_inception()
+        features, size = network.to(device), 299
+    else:
+        network = teacher.load_network(FEATURES)
+        config = timm.data.resolve_model_data_config(network)
+        own_size = config["input_size"][1]
+        size = own_size if file or FEATURES_SIZE is None else FEATURES_SIZE
+
+        def features(images):
+            if images.shape[-2:] != (size, size):
+                images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+                images = images.round().clamp(0, 255)
+            x = teacher.preprocess(images, config["mean"], config["std"], size)
+            return network.forward_head(network.forward_features(x), pre_logits=True).flatten(1), None, None
+
+        network.to(device)
+    digest = hashlib.sha256()
+    for part in [Path(file).read_bytes()] if file else (p.cpu().numpy() for p in network.state_dict().values()):
+        digest.update(part)
+    try:
+        if FEATURES != "inception" and size != own_size and hasattr(network, "set_input_size"):
+            if size % network.patch_embed.patch_size[0]:
+                raise ValueError(f"its patches have {network.patch_embed.patch_size[0]}")
+            network.set_input_size(img_size=(size, size))  # resamples a ViT's position table to the new grid
+        features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{FEATURES} takes no images of {size} pixels ({str(error).splitlines()[0]}); set "
+                         f"FEATURES_SIZE to a multiple of its patch size, or to None") from error
+    return features, dict(features=str(FEATURES), features_size=size, weights_sha256=digest.hexdigest())
+
+
+# ---- images
 
 MALFORMED = (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # in ADM's reference files
 
 
-def open_npz(path):
-    """What open_images returns, of an ADM .npz; streamed, because 50,000 images are 10 GB."""
+class ImageSet(NamedTuple):
+    path: Path  # the file or folder itself
+    count: int
+    size: tuple  # height, width
+    stored: dict  # statistics in the file
+    batches: Callable  # (rank, world) -> (index of the first, uint8 [B, 3, H, W]) of every world-th batch; or None
+
+
+def split(count, world):
+    """The rows of each batch; a small set's are smaller, so that each of `world` processes has its part."""
+    size = min(BATCH_SIZE, -(-count // world))
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def open_npz(path, may_be_statistics):
+    """The ImageSet of an ADM .npz, or of mu, sigma and the like alone; streamed, because 50,000 images are 10 GB."""
     try:
         archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
-        version = "_".join(map(str, np.lib.format.read_magic(file)))
-        shape, in_columns, dtype = getattr(np.lib.format, f"read_array_header_{version}")(file)
-        whole = archive.getinfo("arr_0.npy").file_size - file.tell() == np.prod(shape) * dtype.itemsize
         stored = {key: np.lib.format.read_array(archive.open(f"{key}.npy"), allow_pickle=False)
                   for key in STORED if f"{key}.npy" in archive.namelist()}
+        alone = may_be_statistics and {"mu", "sigma"} <= stored.keys() and "arr_0.npy" not in archive.namelist()
+        if not alone:
+            file = archive.open("arr_0.npy")
+            np.lib.format.read_magic(file)
+            shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+            whole = archive.getinfo("arr_0.npy").file_size - file.tell() == np.prod(shape) * dtype.itemsize
     except MALFORMED as error:
         raise ValueError(f"{path}: no .npz of images ({error}); write arr_0, uint8 NHWC, with numpy.savez") from error
+    if any(array.shape != STORED[key] or not np.isfinite(array).all() for key, array in stored.items()):
+        raise ValueError(f"{path}: {', '.join(stored)} are not of the shapes {STORED}, or not finite; leave them out")
+    if alone:
+        return ImageSet(path, 0, None, stored, None)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or in_columns or not whole:
         raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}{'' if whole else ', cut short'}; write it as uint8 "
                          f"[N, H, W, 3] in C order")
-    if any(array.shape != STORED[key] for key, array in stored.items()):
-        raise ValueError(f"{path}: {', '.join(stored)} are not of the shapes {STORED}; leave them out")
 
-    def batches():
-        for start in range(0, shape[0], BATCH_SIZE):
-            batch_shape = (min(BATCH_SIZE, shape[0] - start), *shape[1:])
-            try:
-                pixels = np.frombuffer(file.read(int(np.prod(batch_shape))), np.uint8).reshape(batch_shape)
+    def batches(rank, world):
+        for i, rows in enumerate(split(shape[0], world)):
+            batch_shape = (len(rows), *shape[1:])
+            try:  # the other processes' batches too: so the file's checksum is checked
+                pixels = np.frombuffer(bytearray(file.read(int(np.prod(batch_shape)))), np.uint8).reshape(batch_shape)
             except MALFORMED as error:
-                raise ValueError(f"{path}: damaged at image {start} ({error}); write it again") from error
-            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-    return shape[0], batches(), stored
+                raise ValueError(f"{path}: damaged at image {rows[0]} ({error}); write it again") from error
+            if i % world == rank:
+                yield rows[0], torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return ImageSet(path, shape[0], shape[1:3], stored, batches)
+
+
+class ImageFolder:
+    """Images of any format and one size below a folder, in the order of their paths. `folder[rows]` is a tuple of one
+    uint8 [B, 3, H, W]. Raises ValueError for an image that differs in size or cannot be read."""
+
+    def __init__(self, root):
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        self.size, self.files = None, [Path(root, name) for name in sorted(name for name, *_ in list_folder(root))
+                                       if Path(name).suffix.lower() in suffixes and Path(name).name[0] != "."]
+        for file in self.files:  # headers alone: 40,000 a second
+            width, height = self.read(file, lambda image: image.size)
+            self.size = self.size or (height, width)
+            if (height, width) != self.size:
+                raise ValueError(f"{file}: {width} x {height} pixels, but {self.files[0]} has {self.size[1]} x "
+                                 f"{self.size[0]}; give all images one size")
+
+    def read(self, file, use):
+        try:
+            with Image.open(file) as image:
+                return use(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file}: cannot be read as an image ({error}); replace it or take it out") from error
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        batch = new_batch(len(rows), *self.size, 3)
+        for pixels, row in zip(batch.numpy(), rows):
+            self.read(self.files[row], lambda image: np.copyto(pixels, to_rgb(image)))
+        return (batch.permute(0, 3, 1, 2),)
 
 
 def open_images(path, constant):
-    """(count, iterator over uint8 [B, 3, H, W], the statistics stored beside them) of an .npz or a prepared folder."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such file or folder; set {constant} to an .npz of images or to a prepared folder")
-    if Path(path).is_dir():
-        data = PreparedDataset(path)
-        indices = [batch.numpy() for batch in torch.arange(len(data)).split(BATCH_SIZE)]
-        loader = DataLoader(data, sampler=indices, batch_size=None, num_workers=min(WORKERS, os.cpu_count()))
-        count, batches, stored = len(data), (images for _, _, images in loader), {}
+    """The ImageSet that SAMPLES or REFERENCE (`constant`) names. Raises ValueError where there is none."""
+    path = Path(path)
+    drawn = [file for file in (path / "samples.npz", path / "samples/samples.npz") if file.is_file()]
+    prepared = (path / "meta.json").exists()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; set {constant} to an .npz of images or to a folder of them")
+    if path.is_file() or drawn:
+        images = open_npz(drawn[0] if drawn else path, constant == "REFERENCE" and FEATURES == "inception")
+    elif not prepared and any((path / name).exists() for name in ("unfinished", "checkpoints")):
+        raise ValueError(f"{path}: unfinished, or a run without samples; run prepare_latents.py or sample.py again")
     else:
-        count, batches, stored = open_npz(path)
-    if count < 4:
-        raise ValueError(f"{path}: {count} images, but precision and recall need 4; set {constant} to a larger set")
-    return count, batches, stored
+        data = PreparedDataset(path) if prepared else ImageFolder(path)
+        size = (data.meta["image_size"],) * 2 if prepared else data.size
+
+        def batches(rank, world):
+            mine = [np.array(rows) for rows in split(len(data), world)[rank::world]]
+            loader = DataLoader(data, sampler=mine, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
+                                worker_init_fn=leave_process_group)
+            try:
+                for rows, batch in zip(mine, loader):
+                    yield int(rows[0]), batch[-1]
+            except ValueError as error:  # from a loader's process our sentence comes as a traceback's last line
+                raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+        images = ImageSet(path, len(data), size, {}, batches)
+    if images.count < 4 and images.batches is not None:
+        raise ValueError(f"{images.path}: {images.count} images, but precision and recall need 4; set {constant} to a "
+                         f"larger set")
+    return images
+
+
+# ---- their statistics
 
 
 @torch.no_grad()
-def measure(name, count, batches, features, kept, device):
-    """One pass over all images: their mean and covariance (N - 1) under ADM's names, and `features` of `kept` of them.
+def measure(name, images, kept, features, device, rank, world):
+    """One pass over all images: on rank 0 their mean and covariance (N - 1) under ADM's names, and "features" and, if
+    there are, "probs" of `kept` of them, in their order.
 
     features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None)."""
-    sums, rows, probs = {}, [], []  # sums: of 1, y and y'y, in float64, of each kind of features
-    chosen = torch.arange(kept) * count // kept  # evenly spaced
-    with tqdm(total=count, unit="img", desc=name) as bar:
-        for batch in batches:
-            x, spatial, p = features(batch.to(device))
-            rows.append(x.cpu()[torch.isin(torch.arange(bar.n, bar.n + len(x)), chosen)])
-            probs += [] if p is None else [p.cpu()]
-            for kind, y in (("", x), ("_s", spatial)):
-                if y is not None:
-                    old, y = sums.get(kind, (0, 0, 0)), y.double()
-                    sums[kind] = old[0] + len(y), old[1] + y.sum(dim=0), old[2] + y.T @ y
-            bar.update(len(batch))
-    result = dict(features=torch.cat(rows), probs=torch.cat(probs) if probs else None)
-    for kind, (n, total, products) in sums.items():
-        sigma = (products - torch.outer(total, total) / n) / (n - 1)
-        result["mu" + kind], result["sigma" + kind] = (total / n).cpu().numpy(), sigma.cpu().numpy()
+    def outputs(batch):
+        return {key: y for key, y in zip(("features", "spatial", "probs"), features(batch.to(device))) if y is not None}
+
+    widths = {key: y.shape[1] for key, y in outputs(torch.zeros(1, 3, *images.size, dtype=torch.uint8)).items()}
+    tables = {key: torch.zeros(kept, width) for key, width in widths.items() if key != "spatial"}
+    sums = {key: torch.zeros(width + 1, width, dtype=torch.float64, device=device)  # of y'y and, in the last row, y
+            for key, width in widths.items() if key != "probs"}
+    chosen = torch.arange(kept) * images.count // kept  # evenly spaced
+    with tqdm(total=images.count, unit="img", desc=name, disable=rank > 0) as bar:
+        for first, batch in images.batches(rank, world):
+            last, found = first + len(batch) - 1, outputs(batch)
+            if not all(y.isfinite().all() for y in found.values()):
+                raise ValueError(f"{images.path}: features of images {first}..{last} are not finite; the weights of "
+                                 f"{FEATURES} may be damaged, or its precision too low")
+            rows = (chosen >= first) & (chosen <= last)
+            for key, table in tables.items():
+                table[rows] = found[key].cpu()[chosen[rows] - first]
+            for key, sum_of in sums.items():
+                y = found[key].double()
+                sum_of[:-1].addmm_(y.T, y)
+                sum_of[-1] += y.sum(dim=0)
+            bar.update(min(len(batch) * world, images.count - bar.n))
+    sums = {key: sum_of.cpu() for key, sum_of in sums.items()}
+    if world > 1:  # a table's row is zero in all processes but one
+        for tensor in (*tables.values(), *sums.values()):
+            dist.reduce(tensor, 0)
+    result = dict(tables)
+    for key, sum_of in sums.items():
+        kind, mu = "_s" if key == "spatial" else "", sum_of[-1] / images.count
+        sigma = (sum_of[:-1] - images.count * torch.outer(mu, mu)) / (images.count - 1)
+        result |= {"mu" + kind: mu.numpy(), "sigma" + kind: sigma.numpy()}
     return result
 
 
-def network_features(device):
-    """The callable for measure() of the network that FEATURES names."""
-    network = teacher.load_network(FEATURES).to(device)
-    config = timm.data.resolve_model_data_config(network)
+def measure_reference(images, kept, features, network, device, rank, world):
+    """(measure() of the reference, the file beside it that keeps this for the next evaluation or None). The file counts
+    if it was made of the same images, by name, size and time, with the same network and settings."""
+    path = Path(os.path.abspath(images.path))
+    cache = path.with_name(f"{path.name}.{Path(FEATURES).name}-{network['weights_sha256'][:8]}-"
+                           f"{network['features_size']}-{kept}.npz")
+    names = sorted(name for name, *_ in list_folder(path)) if path.is_dir() else [""]
+    states = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in names]
+    made_of = json.dumps(dict(network, format=1, kept=kept, images=images.count, features=Path(FEATURES).name,
+                              files=hashlib.sha256(json.dumps(states).encode()).hexdigest()))
+    real = None
+    try:
+        if rank == 0:
+            with np.load(cache, allow_pickle=False) as file:
+                real = dict(file) if str(file["made_of"]) == made_of else None
+    except MALFORMED:
+        pass  # none, or damaged
+    known = [real is not None]
+    if world > 1:
+        dist.broadcast_object_list(known, 0)
+    if known[0]:
+        if rank == 0:
+            print(f"{cache}: statistics of {images.path} from an earlier evaluation")
+        return real, cache
+    real = measure("reference", images, kept, features, device, rank, world)
 
-    def features(images):
-        x = teacher.preprocess(images, config["mean"], config["std"], config["input_size"][1])
-        return network.forward_head(network.forward_features(x), pre_logits=True).flatten(1), None, None
-    return features
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, made_of=made_of, **{key: value for key, value in real.items() if key != "probs"})
+    try:
+        if rank == 0:
+            write_atomically(cache, write)
+    except OSError as error:
+        print(f"{cache}: not written ({error.strerror}), so the next evaluation measures {images.path} again")
+        cache = None
+    return real, cache
 
 
 def main():
-    count, samples, _ = open_images(SAMPLES, "SAMPLES")
-    reference_count, reference, stored = open_images(REFERENCE, "REFERENCE")
-    stored = stored if FEATURES == "inception" else {}
-    kept = min(reference_count, PRECISION_RECALL_IMAGES or reference_count)
+    # what to compare
+    samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
+    kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
+    stored = reference.stored if FEATURES == "inception" else {}
+    if reference.count and samples.size != reference.size:
+        raise ValueError(f"{samples.path}: images of {samples.size[1]} x {samples.size[0]} pixels, those of "
+                         f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
+    if reference.count and kept < 4:
+        raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
     Path(OUT).parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # processes, device, network
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # sums once per image set, also between GPUs
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
     torch.backends.cudnn.allow_tf32 = False
-    features = load_inception().to(device) if FEATURES == "inception" else network_features(device)
+    if local_rank > 0:
+        dist.barrier()  # a node's first process fetches the weights, the others find them there
+    features, network = load_features(device)
+    if world > 1 and local_rank == 0:
+        dist.barrier()
 
-    real = {**measure("reference", reference_count, reference, features, kept, device), **stored}
-    fake = measure("samples", count, samples, features, count, device)
+    # statistics
+    real, cache = {}, None
+    if reference.count:
+        real, cache = measure_reference(reference, kept, features, network, device, rank, world)
+    fake = measure("samples", samples, samples.count, features, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    real = {**real, **stored}
 
-    precision, recall = precision_recall(real["features"], fake["features"])
+    # metrics
+    how = dict(network, samples=samples.path, sample_count=samples.count, reference=reference.path,
+               reference_count=reference.count, reference_stored=list(stored), reference_cache=cache,
+               precision_recall_reference_count=kept, batch_size=BATCH_SIZE, processes=world, device=device,
+               versions={name: version(name) for name in ("torch", "timm", "numpy", "scipy", "pillow")})
+    try:
+        how["samples_settings"] = json.loads(samples.path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        pass  # not sample.py's
     distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
-    how = dict(features=str(FEATURES), samples=str(SAMPLES), sample_count=count, reference=str(REFERENCE),
-               reference_count=reference_count, reference_stored=list(stored), precision_recall_reference_count=kept,
-               device=str(device), versions=dict(torch=torch.__version__, timm=timm.__version__))
     if FEATURES == "inception":
+        label, metrics = "FID, sFID, inception score, precision, recall as in ADM's evaluator", dict(fid=distance)
         how.update(inception_weights=str(INCEPTION_WEIGHTS or INCEPTION_URL),
-                   inception_score_splits=max(1, round(count / 5000)))  # ADM's parts hold 5,000 images
-        score, how["inception_score_std"] = inception_score(fake["probs"], how["inception_score_splits"])
-        sfid = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
-        label = "FID, sFID, inception score, precision, recall as in ADM's evaluator"
-        metrics = dict(fid=distance, sfid=sfid, inception_score=score, precision=precision, recall=recall)
+                   inception_score_splits=max(1, round(samples.count / 5000)))  # ADM's parts hold 5,000 images
+        if {"mu_s", "sigma_s"} <= real.keys():
+            metrics["sfid"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
+        metrics["inception_score"], how["inception_score_std"] = inception_score(fake["probs"],
+                                                                                 how["inception_score_splits"])
     else:
-        label = f"Frechet distance in the features of {Path(FEATURES).name}"
-        metrics = dict(frechet_distance=distance, precision=precision, recall=recall)
-    result = dict(label=label, **metrics, **how)
+        label, metrics = f"Frechet distance in the features of {Path(FEATURES).name}", dict(frechet_distance=distance)
+    if reference.count:
+        metrics["precision"], metrics["recall"] = precision_recall(real["features"], fake["features"])
+
+    # file and table
+    result = json.loads(json.dumps(dict(label=label, **metrics, **how), default=str))
     write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))
-    print(f"{label}\n  {SAMPLES}: {count:,} images\n  {REFERENCE}: {reference_count:,} images"
-          f"{', statistics as stored in it' if stored else ''}; {kept:,} of them for precision and recall")
+    for images, measured in ((samples, True), (reference, not {"mu", "sigma"} <= stored.keys())):
+        if measured and images.count <= len(real["mu"]):
+            print(f"warning: {images.count:,} images in {images.path} for {len(real['mu']):,} features: their "
+                  f"covariance is rank-deficient; the distance is computed stably, but larger than with more images")
+    how_many = f"{reference.count:,} images{', statistics as stored in it' if stored else ''}; {kept:,} of them for " \
+               f"precision and recall"
+    print(f"{label}\n  {samples.path}: {samples.count:,} images\n  {reference.path}: "
+          f"{how_many if reference.count else 'statistics alone, so no precision and recall'}")
     print("".join(f"{name:>18}" for name in metrics) + "\n" + "".join(f"{value:>18.4f}" for value in metrics.values()))
     return result
 
@@ -353,5 +558,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # bad input: its one line says what, where and the remedy
+    except (ValueError, OSError) as error:  # bad input: its one line says what, where and the remedy
         sys.exit(f"fid.py: {error}")

@@ -1,14 +1,26 @@
-"""fid.py: the reference numbers, pytorch-fid and ADM's formulas as judges, main() end to end, and bad input."""
+"""fid.py: the reference numbers, pytorch-fid, torch-fidelity and ADM's formulas as judges, main() end to end, in one
+process and in two, and bad input."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import fid
+
+ROOT = Path(__file__).parents[1]
 
 
 def recipe_weights(state):
@@ -142,7 +154,9 @@ def test_inception_equals_the_reference(golden, weights, size, resize, names):
         assert_close(ours, z[f"{name}{size}"])
 
 
-def test_inception_has_pytorch_fids_keys_and_gives_its_features(monkeypatch):
+@pytest.fixture
+def pytorch_fids_network(monkeypatch):
+    """(pytorch-fid's network, the state dict of its weights), random weights."""
     judge = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is the judge")
 
     def random_weights(*_, **__):  # in place of its download; num_batches_tracked and all other keys are its own
@@ -151,9 +165,12 @@ def test_inception_has_pytorch_fids_keys_and_gives_its_features(monkeypatch):
     monkeypatch.setattr(judge, "load_state_dict_from_url", random_weights)
     whole = judge.fid_inception_v3()
     monkeypatch.setattr(judge, "fid_inception_v3", lambda: whole)
-    theirs, ours = judge.InceptionV3().eval(), fid.InceptionV3("bilinear")
+    return judge.InceptionV3().eval(), whole.state_dict()
 
-    ours.load_state_dict(whole.state_dict())  # strict: exactly its keys and shapes
+
+def test_inception_has_pytorch_fids_keys_and_gives_its_features(pytorch_fids_network):
+    (theirs, state), ours = pytorch_fids_network, fid.InceptionV3("bilinear")
+    ours.load_state_dict(state)  # strict: exactly its keys and shapes
     images = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(images.float() / 255)[0].flatten(1)
@@ -166,6 +183,47 @@ def test_resize_is_tensorflow_1s(height, width):
     x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 255
     expected = judge.interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
     torch.testing.assert_close(fid.resize_tf1(x, 299), expected)
+
+
+# the judges' roots of 2048 x 2048 matrices take half a minute, so that usually 512 of the features must do
+WIDTHS = [512, pytest.param(2048, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fid_of_image_files_equals_pytorch_fids(pytorch_fids_network, tmp_path, width):
+    judge = pytest.importorskip("pytorch_fid.fid_score", reason="pytorch-fid is the judge")
+    (theirs, state), ours = pytorch_fids_network, fid.InceptionV3("bilinear")
+    ours.load_state_dict(state)
+    expected, found = [], []
+    for seed, count in ((1, 7), (2, 9)):
+        folder = tmp_path / str(seed)
+        save_images(write_images(tmp_path / "images.npz", count, size=32, seed=seed), folder)
+        mu, sigma = judge.calculate_activation_statistics(sorted(folder.rglob("[!.]*.png")), theirs, 4, num_workers=0)
+        expected += [mu[:width], sigma[:width, :width]]
+        measured = fid.measure("", fid.open_images(folder, ""), count, ours, torch.device("cpu"), 0, 1)
+        found += [measured["mu"][:width], measured["sigma"][:width, :width]]
+    assert fid.frechet_distance(*found) == pytest.approx(judge.calculate_frechet_distance(*expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fid_and_inception_score_equal_torch_fidelitys(weights_file, monkeypatch, tmp_path, width):
+    judge = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is the judge")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    monkeypatch.setattr(fid, "INCEPTION_WEIGHTS", str(weights_file))
+    theirs = judge.FeatureExtractorInceptionV3("judge", ["2048", "logits_unbiased"], str(weights_file))
+    expected, found = [], []
+    for seed, count in ((1, 8), (2, 10)):
+        images = write_images(tmp_path / "images.npz", count, size=32, seed=seed)
+        pool, logits = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
+        expected.append(fid_features_to_statistics(pool[:, :width]))
+        data = fid.open_images(tmp_path / "images.npz", "SAMPLES")
+        measured = fid.measure("", data, count, fid.load_inception()[0], torch.device("cpu"), 0, 1)
+        found += [measured["mu"][:width], measured["sigma"][:width, :width]]
+    (distance,) = fid_statistics_to_metric(*expected, verbose=False).values()
+    assert fid.frechet_distance(*found) == pytest.approx(distance, rel=1e-3)
+    scores = isc_features_to_metric(logits, splits=2, shuffle=False)
+    assert fid.inception_score(measured["probs"], 2) == pytest.approx(list(scores.values()), rel=1e-3)
 
 
 # ---- main
@@ -206,13 +264,14 @@ def test_all_four_stored_statistics_are_read_but_serve_inception_alone(configure
     before = fid.main()
     stored = dict(mu=np.ones(2048), sigma=np.eye(2048), mu_s=np.ones(2023), sigma_s=np.eye(2023))
     write_images(tmp_path / "reference.npz", 9, seed=2, **stored)
-    for key, array in fid.open_images(fid.REFERENCE, "REFERENCE")[2].items():
+    for key, array in fid.open_images(fid.REFERENCE, "REFERENCE").stored.items():
         np.testing.assert_array_equal(array, stored.pop(key))
     assert not stored and fid.main()["frechet_distance"] == before["frechet_distance"]
 
 
 def test_main_measures_in_a_networks_features_and_does_not_call_it_fid(configure, teacher_file, data_dir):
     out = configure(FEATURES=str(teacher_file), REFERENCE=str(data_dir))
+    write_images(fid.SAMPLES, 6, size=28, seed=1)
     result = fid.main()
     assert json.loads(out.read_text()) == result
     assert result["label"] == f"Frechet distance in the features of {teacher_file.name}"
@@ -229,9 +288,234 @@ def test_a_set_against_itself_is_perfect(configure, teacher_file, data_dir):
 def test_statistics_do_not_depend_on_the_batch(configure, teacher_file):
     results = []
     for batch_size in (1, 4, 100):
-        configure(FEATURES=str(teacher_file), BATCH_SIZE=batch_size)
+        configure(FEATURES=str(teacher_file), BATCH_SIZE=batch_size)  # writes the reference anew
         results.append(fid.main()["frechet_distance"])
     assert results == pytest.approx([results[0]] * 3, rel=1e-3)
+
+
+def test_main_records_what_repeats_it_and_warns_of_few_images(configure, teacher_file, tmp_path, capsys):
+    configure(FEATURES=str(teacher_file))
+    (tmp_path / "samples.json").write_text('{"CFG_SCALE": 1.5}')
+    result = fid.main()
+    assert result["samples_settings"] == {"CFG_SCALE": 1.5} and result["processes"] == 1
+    assert result["weights_sha256"] == subprocess.check_output(["sha256sum", teacher_file], text=True).split()[0]
+    assert result["batch_size"] == 4 and result["features"] == str(teacher_file)
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0] and "timm" in result["versions"]
+    lines = capsys.readouterr().out.splitlines()
+    for name, count in (("samples", 6), ("reference", 9)):
+        warning = f"warning: {count} images in {tmp_path / name}.npz for 32 features"
+        assert any(line.startswith(warning) for line in lines)
+    (tmp_path / "samples.json").write_text("not of sample.py")
+    assert "samples_settings" not in fid.main()
+
+
+def test_no_warning_where_images_are_enough(configure, teacher_file, data_dir, capsys):
+    configure(FEATURES=str(teacher_file), REFERENCE=str(data_dir), SAMPLES=str(data_dir))
+    fid.main()
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_statistics_alone_serve_as_reference(configure, tmp_path, capsys):
+    configure()
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    result = fid.main()
+    assert "statistics alone, so no precision and recall" in capsys.readouterr().out
+    assert result["fid"] > 0 and not {"sfid", "precision", "recall"} & result.keys()
+    assert result["reference_stored"] == ["mu", "sigma"] and result["inception_score"] >= 1
+
+
+# ---- folders
+
+
+def save_images(images, folder):
+    """Files whose paths sort in the images' order, in folders and beside them, of three formats."""
+    for i, image in enumerate(images):
+        file = folder / (f"{i:02d}.png" if i % 3 else f"{i:02d}/deeper/image.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    (folder / "readme.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_of_images_counts_as_an_npz_of_them(configure, teacher_file, tmp_path, workers):
+    configure(FEATURES=str(teacher_file), WORKERS=workers)
+    expected = fid.main()
+    save_images(np.load(fid.SAMPLES)["arr_0"], tmp_path / "folder")
+    Image.open(tmp_path / "folder/01.png").convert("RGBA").save(tmp_path / "folder/01.webp", lossless=True)
+    (tmp_path / "folder/01.png").unlink()
+    fid.SAMPLES = str(tmp_path / "folder")
+    found = fid.main()
+    for key in ("frechet_distance", "precision", "recall", "sample_count"):
+        assert found[key] == expected[key]
+
+
+@pytest.mark.parametrize("place", ["samples.npz", "samples/samples.npz"])
+def test_the_folder_of_a_run_or_of_its_samples_names_its_samples(configure, teacher_file, tmp_path, place):
+    configure(FEATURES=str(teacher_file))
+    run = tmp_path / "run"
+    (run / place).parent.mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    Image.new("RGB", (50, 50)).save((run / place).with_name("samples.png"))
+    (run / place).with_suffix(".json").write_text('{"SEED": 3}')
+    shutil.copy(fid.SAMPLES, run / place)
+    fid.SAMPLES = str(run)
+    result = fid.main()
+    assert result["samples"] == str(run / place) and result["samples_settings"] == {"SEED": 3}
+
+
+# ---- the network at another size
+
+
+def vit_of_this_test(pretrained=True, **_):
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(img_size=56, patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+
+
+def test_a_timm_name_sees_images_resized_by_pillow_at_features_size(configure, monkeypatch):
+    """FD-DINOv2's convention: bytes resized by Pillow (bicubic), normalised, the class token after the last norm."""
+    vit_of_this_test.__module__ = "timm.models.vision_transformer"
+    timm.models.register_model(vit_of_this_test)
+    configure(FEATURES="vit_of_this_test", FEATURES_SIZE=28)
+    distance = fid.main()["frechet_distance"]
+
+    network = vit_of_this_test().eval()
+    config = timm.data.resolve_model_data_config(network)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    network.set_input_size(img_size=(28, 28))
+    tokens = []
+    for path in (fid.SAMPLES, fid.REFERENCE):
+        resized = [Image.fromarray(image).resize((28, 28), Image.BICUBIC) for image in np.load(path)["arr_0"]]
+        x = torch.stack([(torch.tensor(np.array(image)).permute(2, 0, 1) / 255 - mean) / std for image in resized])
+        tokens.append(network.forward_features(x)[:, 0].detach())
+    assert distance == pytest.approx(few_images_distance(*tokens), rel=1e-2)
+    configure(FEATURES="vit_of_this_test", FEATURES_SIZE=30)
+    with pytest.raises(ValueError, match="vit_of_this_test takes no images of 30 pixels .*set FEATURES_SIZE"):
+        fid.main()
+
+
+# ---- the reference's statistics, kept
+
+
+def rewrite_unseen(path, **arrays):
+    """Other content under the same size and time."""
+    before = path.stat()
+    np.savez(path, **arrays)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_the_second_evaluation_does_not_read_the_reference_again(configure, teacher_file, tmp_path, capsys):
+    configure(FEATURES=str(teacher_file))
+    first = fid.main()
+    (cache,) = tmp_path.glob("reference.npz.*.npz")
+    assert first["reference_cache"] == str(cache) and first["weights_sha256"][:8] in cache.name
+    rewrite_unseen(tmp_path / "reference.npz", arr_0=write_images(tmp_path / "other.npz", 9, seed=5))
+    capsys.readouterr()
+    second = fid.main()
+    assert f"{cache}: statistics of {tmp_path / 'reference.npz'} from an earlier evaluation" in capsys.readouterr().out
+    assert all(second[key] == first[key] for key in ("frechet_distance", "precision", "recall"))
+
+    os.utime(tmp_path / "reference.npz")
+    third = fid.main()
+    assert third["frechet_distance"] != first["frechet_distance"]
+    assert "earlier" not in capsys.readouterr().out and list(tmp_path.glob("reference.npz.*")) == [cache]
+
+
+def test_kept_statistics_serve_no_other_settings(configure, teacher_file, tmp_path, monkeypatch, capsys):
+    configure(FEATURES=str(teacher_file))
+    fid.main()
+    other = tmp_path / "other.safetensors"
+    with safe_open(teacher_file, "pt") as file:
+        save_file({key: file.get_tensor(key) * 2 for key in file.keys()}, other, metadata=file.metadata())
+    for changed in (dict(PRECISION_RECALL_IMAGES=5), dict(FEATURES=str(other))):
+        for name, value in changed.items():
+            monkeypatch.setattr(fid, name, value)
+        capsys.readouterr()
+        result = fid.main()
+        assert "earlier" not in capsys.readouterr().out and result["precision_recall_reference_count"] == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", "half", "pickled"])
+def test_a_damaged_file_of_statistics_is_written_anew(configure, teacher_file, tmp_path, content):
+    configure(FEATURES=str(teacher_file))
+    first = fid.main()
+    (cache,) = tmp_path.glob("reference.npz.*.npz")
+    whole = cache.read_bytes()
+    if content == "pickled":
+        np.savez(cache, made_of=np.array([{}], object))
+    else:
+        cache.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    assert fid.main()["frechet_distance"] == first["frechet_distance"]
+    assert len(cache.read_bytes()) == len(whole)
+
+
+def test_a_reference_beside_which_nothing_can_be_written(configure, teacher_file, tmp_path, capsys):
+    reference = tmp_path / ("r" * 240 + ".npz")  # the longer name of its statistics is none: it also fails for root
+    write_images(reference, 9, seed=2)
+    configure(FEATURES=str(teacher_file), REFERENCE=str(reference))
+    result = fid.main()
+    assert result["reference_cache"] is None and result["frechet_distance"] > 0
+    assert "so the next evaluation measures" in capsys.readouterr().out
+
+
+# ---- two processes
+
+
+LAUNCHED = """
+import json, sys
+import fid
+for name, value in json.loads(sys.argv[1]).items():
+    setattr(fid, name, value)
+try:
+    fid.main()
+except ValueError as error:
+    sys.exit(f"fid.py: {error}")
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs fid.main(), with its constants as they are now set, in as many processes of its own."""
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+
+    def run(processes):
+        names = ("SAMPLES", "REFERENCE", "BATCH_SIZE", "OUT", "INCEPTION_WEIGHTS", "WORKERS", "FEATURES")
+        constants = json.dumps({name: getattr(fid, name) for name in names})
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+             str(tmp_path / "launched.py"), constants], cwd=ROOT, text=True, capture_output=True, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return run
+
+
+def test_two_processes_measure_what_one_measures(configure, teacher_file, tmp_path, data_dir, launch):
+    configure(FEATURES=str(teacher_file), BATCH_SIZE=2, WORKERS=1)
+    save_images(write_images(tmp_path / "samples.npz", 11), tmp_path / "folder")
+    fid.SAMPLES = str(tmp_path / "folder")  # six batches, the last of one image; of the reference five
+    one = fid.main()
+    (cache,) = tmp_path.glob("reference.npz.*.npz")
+    cache.rename(tmp_path / "one.npz")
+    done = launch(2)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(Path(fid.OUT).read_text())
+    assert two["processes"] == 2 and done.stdout.count("precision") == 2  # rank 0 alone speaks
+    for key in ("frechet_distance", "precision", "recall"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    with np.load(cache) as found, np.load(tmp_path / "one.npz") as expected:
+        for key in ("mu", "sigma", "features"):  # the features in the images' order
+            np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_that_one_process_cannot_read_ends_all(configure, teacher_file, tmp_path, launch):
+    configure(FEATURES=str(teacher_file), BATCH_SIZE=2, WORKERS=1)
+    save_images(write_images(tmp_path / "samples.npz", 8), tmp_path / "folder")
+    bad = tmp_path / "folder/02.png"  # of the second process's first batch; its header stays
+    bad.write_bytes(bad.read_bytes()[:60])
+    fid.SAMPLES, started = str(tmp_path / "folder"), time.time()
+    done = launch(2)
+    assert done.returncode != 0 and f"fid.py: {bad}: cannot be read as an image" in done.stderr
+    assert time.time() - started < 100 and not Path(fid.OUT).exists()
 
 
 # ---- bad input
@@ -247,6 +531,9 @@ u8 = np.zeros((8, 16, 16, 3), np.uint8)
     (dict(arr_0=np.array([{}], object)), "arr_0 is object"),
     (dict(arr_0=u8[:1]), "1 images, but precision and recall need 4; set REFERENCE to a larger set"),
     (dict(arr_0=u8, mu=np.zeros(3), sigma=np.eye(3)), "mu, sigma are not of the shapes"),
+    (dict(arr_0=u8, mu=np.full(2048, np.nan)), "mu are not of the shapes .* or not finite"),
+    (dict(mu=np.zeros(2048)), "no .npz of images .*arr_0"),
+    (dict(arr_0=np.zeros((8, 32, 24, 3), np.uint8)), "16 x 16 pixels, those of .* have 24 x 32; compare images of one"),
 ])
 def test_a_malformed_file_is_refused_before_the_weights_are_read(configure, tmp_path, arrays, sentence):
     configure(REFERENCE=str(tmp_path / "bad.npz"), INCEPTION_WEIGHTS="absent.pth")
@@ -270,10 +557,55 @@ def test_a_missing_and_a_truncated_file_are_refused(configure, teacher_file, tmp
         fid.main()
 
 
-def test_an_unfinished_folder_is_refused(configure, tmp_path):
-    (tmp_path / "unfinished").mkdir()
-    configure(REFERENCE=str(tmp_path / "unfinished"))
-    with pytest.raises(ValueError, match="unfinished: no meta.json"):
+@pytest.mark.parametrize("content", ["unfinished", "checkpoints"])
+def test_an_unfinished_folder_and_a_run_without_samples_are_refused(configure, tmp_path, content):
+    (tmp_path / "folder" / content).mkdir(parents=True)
+    configure(REFERENCE=str(tmp_path / "folder"), INCEPTION_WEIGHTS="absent.pth")
+    with pytest.raises(ValueError, match="folder: unfinished, or a run without samples"):
+        fid.main()
+
+
+def test_folders_of_few_mixed_or_unreadable_images_are_refused_at_once(configure, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    configure(SAMPLES=str(folder), INCEPTION_WEIGHTS="absent.pth")
+    with pytest.raises(ValueError, match="folder: 0 images, but precision and recall need 4; set SAMPLES"):
+        fid.main()
+    save_images(write_images(tmp_path / "images.npz", 8), folder)
+    Image.new("RGB", (20, 16)).save(folder / "02.png")
+    with pytest.raises(ValueError, match="02.png: 20 x 16 pixels, but .*00/deeper/image.png has 16 x 16; give all"):
+        fid.main()
+    (folder / "02.png").write_text("no image")
+    with pytest.raises(ValueError, match="02.png: cannot be read as an image") as error:
+        fid.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_file_cut_short_is_named(configure, teacher_file, tmp_path, workers):
+    configure(FEATURES=str(teacher_file), SAMPLES=str(tmp_path / "folder"), WORKERS=workers)
+    save_images(write_images(tmp_path / "images.npz", 8), tmp_path / "folder")
+    bad = tmp_path / "folder/05.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"^/.*05.png: cannot be read as an image .*; replace it") as error:
+        fid.main()
+    assert "\n" not in str(error.value)
+
+
+def test_features_that_are_not_finite_are_named(configure, teacher_file, tmp_path):
+    damaged = tmp_path / "damaged.safetensors"
+    with safe_open(teacher_file, "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        state["blocks.1.attn.proj.bias"][3] = torch.inf
+        save_file(state, damaged, metadata=file.metadata())
+    configure(FEATURES=str(damaged))
+    with pytest.raises(ValueError, match=r"reference.npz: features of images 0..3 are not finite; .*damaged"):
+        fid.main()
+
+
+def test_too_few_images_for_precision_and_recall_are_refused_at_once(configure):
+    configure(PRECISION_RECALL_IMAGES=3, INCEPTION_WEIGHTS="absent.pth")
+    with pytest.raises(ValueError, match="PRECISION_RECALL_IMAGES 3: precision and recall need 4"):
         fid.main()
 
 
