@@ -547,10 +547,13 @@ def main():
         if measured and images.count <= len(real["mu"]):
             print(f"warning: {images.count:,} images in {images.path} for {len(real['mu']):,} features: their "
                   f"covariance is rank-deficient; the distance is computed stably, but larger than with more images")
-    how_many = f"{reference.count:,} images{', statistics as stored in it' if stored else ''}; {kept:,} of them for " \
-               f"precision and recall"
-    print(f"{label}\n  {samples.path}: {samples.count:,} images\n  {reference.path}: "
-          f"{how_many if reference.count else 'statistics alone, so no precision and recall'}")
+    classes = how.get("samples_settings", {}).get("CLASS_SAMPLING")
+    print(f"{label}\n  {samples.path}: {samples.count:,} images{f', classes {classes}' if classes else ''}")
+    if reference.count:
+        print(f"  {reference.path}: {reference.count:,} images{', statistics as stored in it' if stored else ''}; "
+              f"{kept:,} of them for precision and recall")
+    else:
+        print(f"  {reference.path}: statistics alone, so no precision and recall")
     print("".join(f"{name:>18}" for name in metrics) + "\n" + "".join(f"{value:>18.4f}" for value in metrics.values()))
     return result
 

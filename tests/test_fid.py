@@ -295,13 +295,14 @@ def test_statistics_do_not_depend_on_the_batch(configure, teacher_file):
 
 def test_main_records_what_repeats_it_and_warns_of_few_images(configure, teacher_file, tmp_path, capsys):
     configure(FEATURES=str(teacher_file))
-    (tmp_path / "samples.json").write_text('{"CFG_SCALE": 1.5}')
+    (tmp_path / "samples.json").write_text('{"CLASS_SAMPLING": "balanced"}')
     result = fid.main()
-    assert result["samples_settings"] == {"CFG_SCALE": 1.5} and result["processes"] == 1
+    assert result["samples_settings"] == {"CLASS_SAMPLING": "balanced"} and result["processes"] == 1
     assert result["weights_sha256"] == subprocess.check_output(["sha256sum", teacher_file], text=True).split()[0]
     assert result["batch_size"] == 4 and result["features"] == str(teacher_file)
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] and "timm" in result["versions"]
     lines = capsys.readouterr().out.splitlines()
+    assert f"  {tmp_path / 'samples.npz'}: 6 images, classes balanced" in lines
     for name, count in (("samples", 6), ("reference", 9)):
         warning = f"warning: {count} images in {tmp_path / name}.npz for 32 features"
         assert any(line.startswith(warning) for line in lines)
