@@ -168,6 +168,12 @@ def sincos_pos_embed(hidden_size, grid):
     return torch.cat([by_column, by_row], dim=-1).reshape(1, grid * grid, hidden_size).float()
 
 
+def initialize_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class SiT(nn.Module):
     """Diffusion transformer that predicts the velocity of an interpolant between data (t = 0) and noise (t = 1).
 
@@ -197,21 +203,19 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
         self.projectors = None
-        if teacher_dim is not None:
+        if teacher_dim is not None:  # last, so that a seed makes the same student with and without it
             projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
                                       nn.Linear(projector_dim, projector_dim), nn.SiLU(),
                                       nn.Linear(projector_dim, teacher_dim))
+            projector.apply(initialize_linear)
             self.projectors = nn.ModuleList([projector])  # a list of one: the published keys are projectors.0.*
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.initialize_weights()
 
     def initialize_weights(self):
         """DiT's initialisation: Xavier for linear layers, zero where a block or the output must start as nothing."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(initialize_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)

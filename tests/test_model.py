@@ -134,6 +134,15 @@ def test_learn_sigma_returns_the_first_channels():
     torch.testing.assert_close(velocity, half(x, t, y)[0])
 
 
+def test_a_seed_makes_the_same_student_with_and_without_a_projector():
+    students = []
+    for teacher_dim in (None, 32):
+        torch.manual_seed(0)
+        students.append(build("SiT-T/4", input_size=28, teacher_dim=teacher_dim).state_dict())
+    assert all(torch.equal(students[1][key], value) for key, value in students[0].items())
+    assert any(key.startswith("projectors.") for key in students[1])
+
+
 def test_activation_checkpointing_changes_nothing():
     torch.manual_seed(0)
     model = build("SiT-T/4", input_size=8, num_classes=3, teacher_dim=16)
