@@ -31,7 +31,7 @@ def settings():
     train.MODEL, train.TEACHER = "SiT-T/4", str(HERE / "teacher.safetensors")
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
     train.ALIGN_STEPS, train.STEPS, train.BATCH_SIZE = 450, 1200, 32
-    train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 1e-3, 0.995, False
+    train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
     train.LOG_EVERY, train.CHECKPOINT_EVERY, train.PREVIEW_EVERY = 50, 400, 600
     train.PREVIEW_GRID, train.PREVIEW_STEPS = (10, 4), 20
     train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 200, 200, 64

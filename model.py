@@ -298,7 +298,7 @@ def flops_per_image(model, teacher):
 
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product in this process, the best of ten."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, dtype=dtype, device=device)
     seconds = []
     for _ in range(10):

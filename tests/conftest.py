@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import fid
 import prepare_latents
+import sample
 import teacher
 import train
 
@@ -44,6 +46,17 @@ def set_constants(patch, module, **constants):
     for name, value in constants.items():
         assert hasattr(module, name), f"{module.__name__} has no constant {name}"
         patch.setattr(module, name, value)
+
+
+@pytest.fixture
+def restored():
+    """Puts every script's constants back as they were."""
+    before = [(module, dict(vars(module))) for module in (fid, prepare_latents, sample, teacher, train)]
+    yield
+    for module, constants in before:
+        for name, value in constants.items():
+            if name.isupper():
+                setattr(module, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -14,22 +14,10 @@ from conftest import ROOT, set_constants
 from PIL import Image
 
 import demo
-import fid
 import prepare_latents
 import sample
 import teacher
 import train
-
-
-@pytest.fixture
-def restored():
-    """Puts every script's constants back as they were."""
-    before = [(module, dict(vars(module))) for module in (fid, prepare_latents, sample, teacher, train)]
-    yield
-    for module, constants in before:
-        for name, value in constants.items():
-            if name.isupper():
-                setattr(module, name, value)
 
 
 def test_demo_in_short(restored, monkeypatch, tmp_path, capsys):
@@ -65,4 +53,4 @@ def test_demo_as_a_new_user_runs_it(tmp_path):
     x = teacher.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2), config["mean"], config["std"], 28)
     recognised = (network(x).argmax(1).numpy() == np.arange(len(images)) % 10).mean()
     assert recognised > 0.8, "the samples are clothes of the class asked for"
-    assert metrics["distance"] < 10 * metrics["distance_of_real_images"] + 10
+    assert metrics["distance"] < 8  # it was 5.8

@@ -1,0 +1,155 @@
+"""Plain SiT, REPA and HASTE side by side on Fashion-MNIST: the same seeds, noise and data order, judged as they train.
+
+    apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
+    PYTHONPATH=. python experiments/compare.py
+
+One row per run, seed and step in RESULTS. Killed, the same command goes on; draw.py makes figure and table of it.
+"""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import fashion_mnist_networks
+import fid
+import model
+import prepare_latents
+import sample
+import train
+
+HERE = Path(__file__).parent
+SOURCE = None  # None: all 60,000 images; "data/fashion_mnist.png": the 10,000 that come with the project
+OUT = "out/compare"
+RESULTS = HERE / "compare.csv"
+SEEDS = (0, 1, 2)
+STEPS = (250, 500, 1000, 2000, 3000)  # at which samples are judged; the last ends the runs
+RUNS = {  # what differs from the settings below
+    "plain": dict(ALIGN_STEPS=0),
+    "features": dict(ATTENTION_WEIGHT=0),  # REPA
+    "attention": dict(FEATURE_WEIGHT=0),
+    "aligned": dict(KEEP_EVERY=500),  # HASTE that never stops; those that stop begin at what is kept of it
+}
+STOPS = (500, 1000)  # HASTE: "aligned" to this step, then plain
+IMAGES = 1000  # samples judged, class by class
+PROCESSES = 2  # runs at a time, with one core each
+COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "teacher_distance", "denoising_loss",
+           "gradient_cosine")
+
+
+def data_dir():
+    return f"{OUT}/data" if SOURCE else "data/fashion_mnist_60000"
+
+
+def settings(folder, seed, changes):
+    """Sets the scripts' constants for one run."""
+    model.MODELS["SiT-8/4"] = dict(model.MODELS["SiT-T/4"], depth=8)
+    train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = data_dir(), str(folder), 0, seed
+    train.MODEL, train.TEACHER = "SiT-8/4", "data/teacher.safetensors"
+    train.LAYER_PAIRS, train.ALIGN_DEPTH = [(2, 2), (3, 3)], 4
+    train.FEATURE_WEIGHT = train.ATTENTION_WEIGHT = 0.5
+    train.ALIGN_STEPS, train.BATCH_SIZE = STEPS[-1], 32
+    train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = STEPS[0], 500, 1, 0
+    train.CONFLICT_FROM = train.CONFLICT_EVERY = 500
+    train.CONFLICT_IMAGES = 256
+    for name, value in changes.items():
+        setattr(train, name, value)
+    sample.RUN_DIR, sample.NUM_SAMPLES, sample.BATCH_SIZE = str(folder), IMAGES, 100
+    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.PRECISION = "ode", 20, 1.0, "float32"
+    sample.CLASS_SAMPLING, sample.GRID = "balanced", (10, 1)
+
+
+def judge(samples, out):
+    """Distance, precision and recall in the judge's features and the distance in the teacher's, of images."""
+    fid.SAMPLES, fid.REFERENCE, fid.BATCH_SIZE, fid.WORKERS = str(samples), data_dir(), 250, 0
+    measured = {}
+    for features in ("judge", "teacher"):
+        fid.FEATURES, fid.OUT = f"data/{features}.safetensors", f"{out}-{features}.json"
+        measured[features] = fid.main()
+    row = {key: measured["judge"][key] for key in ("precision", "recall")}
+    return dict(row, distance=measured["judge"]["frechet_distance"],
+                teacher_distance=measured["teacher"]["frechet_distance"])
+
+
+def run(name, seed, changes, stop=None):
+    """Trains one run to each of STEPS in turn and judges it there. With `stop` it goes on, as plain SiT, from what the
+    aligned run was at that step: to the bit what it had been, had it been trained so from the start."""
+    folder, before = Path(OUT, name, str(seed)), Path(OUT, "aligned", str(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
+        settings(folder, seed, changes)
+        if stop and not list(folder.glob("checkpoints/step_*")):
+            place = f"checkpoints/step_{stop:07d}"
+            shutil.copytree(before / place, folder / f"{place}.copy", dirs_exist_ok=True)
+            os.replace(folder / f"{place}.copy", folder / place)
+        for step in STEPS:
+            result = folder / f"{step}.json"
+            if result.exists() or step <= (stop or 0):
+                continue
+            train.STEPS = step
+            train.main()
+            sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"  # absent after Ctrl-C
+            sample.OUT = folder / f"samples_{step}"
+            sample.main()
+            row = dict(run=name, seed=seed, step=step, **judge(sample.OUT, folder / f"{step}"))
+            with open(folder / "log.csv", newline="") as file:
+                logged = {int(line["step"]): line for line in csv.DictReader(file)}[step]
+            row["denoising_loss"] = float(logged["denoising_loss"])  # mean over the last STEPS[0] steps
+            row["gradient_cosine"] = logged["gradient_cosine"] if logged["phase"] == "1" else ""
+            prepare_latents.write_atomically(result, lambda path: path.write_text(json.dumps(row)))
+    return name, seed
+
+
+def start(constants):
+    """In each process: this file's constants as main() found them, and its share of the cores."""
+    globals().update(constants)
+    torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
+
+
+def main():
+    # data, and the floor: as many real images as samples, which no run has seen
+    Path(OUT).mkdir(parents=True, exist_ok=True)
+    if not SOURCE:
+        fashion_mnist_networks.NETWORKS = ()  # the images alone
+        fashion_mnist_networks.main()
+    prepare_latents.IMAGE_SIZE, prepare_latents.VAE, prepare_latents.WORKERS = 28, None, 0
+    for source, folder in ((SOURCE, data_dir()), ("data/fashion_mnist_test.png", f"{OUT}/test")):
+        if source:
+            prepare_latents.SOURCE, prepare_latents.DATA_DIR = source, folder
+            prepare_latents.main()
+    rows = [dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))]
+
+    # all runs; those that stop begin when the aligned ones are done
+    constants = {name: value for name, value in globals().items() if name.isupper()}
+    stopped = {f"stopped at {stop}": stop for stop in STOPS}
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), start, (constants,)) as pool:
+        for runs in ([(name, seed, changes) for seed in SEEDS for name, changes in RUNS.items()],
+                     [(name, seed, dict(ALIGN_STEPS=stop), stop) for seed in SEEDS for name, stop in stopped.items()]):
+            missing = [each for each in runs if not Path(OUT, each[0], str(each[1]), f"{STEPS[-1]}.json").exists()]
+            for done in as_completed([pool.submit(run, *arguments) for arguments in missing]):
+                print("{}, seed {}: done".format(*done.result()), flush=True)
+
+    # one row per run, seed and step; until its stop a run is the aligned one
+    for name, stop in (dict.fromkeys(RUNS, 0) | stopped).items():
+        for seed in SEEDS:
+            for step in STEPS:
+                judged = Path(OUT, "aligned" if step <= stop else name, str(seed), f"{step}.json")
+                rows.append(dict(json.loads(judged.read_text()), run=name))
+    with open(RESULTS, "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+                        for row in rows)
+    print(f"{RESULTS}: {len(rows)} rows; PYTHONPATH=. python experiments/draw.py draws them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Draws what compare.py measured: a figure of distance against steps, tables, and what follows from them.
+
+    PYTHONPATH=. python experiments/draw.py       # compare.csv to data/compare.png; needs matplotlib
+
+Every figure is the mean over seeds with the spread (lowest to highest) behind it.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "compare.csv"
+FIGURE = "data/compare.png"
+SHOWN = {"plain": "plain SiT", "features": "features (REPA)", "aligned": "features and attention, to the end",
+         "stopped at 1000": "features and attention until step 1,000 (HASTE)"}
+HASTE = "stopped at 1000"
+
+
+def read(path):
+    """{run: {seed: {step: row}}} and the row of real images."""
+    runs, floor = defaultdict(lambda: defaultdict(dict)), None
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["run"] == "real images":
+                floor = row
+            else:
+                runs[row["run"]][int(row["seed"])][int(row["step"])] = row
+    return runs, floor
+
+
+def values(runs, run, step, column="distance"):
+    """One number per seed."""
+    return np.array([float(rows[step][column]) for _, rows in sorted(runs[run].items())])
+
+
+def spread(numbers):
+    return f"{numbers.mean():.2f} ({numbers.min():.2f}-{numbers.max():.2f})"
+
+
+def speed_up(runs, seed, step):
+    """Steps that plain SiT needs to reach HASTE's distance at `step`, by that step; None: it does not reach it.
+
+    Between two steps at which it was judged, log distance is taken as linear in log steps."""
+    wanted = float(runs[HASTE][seed][step]["distance"])
+    steps = sorted(runs["plain"][seed])
+    distances = [float(runs["plain"][seed][each]["distance"]) for each in steps]
+    for (a, b), (high, low) in zip(zip(steps, steps[1:]), zip(distances, distances[1:])):
+        if low <= wanted:
+            share = np.clip(np.log(high / wanted) / np.log(high / low), 0, 1)
+            return a * (b / a) ** share / step
+    return None
+
+
+def draw(runs, floor):
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for run, label in SHOWN.items():
+        steps = sorted(next(iter(runs[run].values())))
+        numbers = np.stack([values(runs, run, step) for step in steps])
+        (line,) = axes.plot(steps, numbers.mean(axis=1), marker="o", markersize=3, label=label)
+        axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=line.get_color(), alpha=0.2)
+    axes.axhline(float(floor["distance"]), color="gray", linestyle=":", label="held-out real images")
+    axes.axvline(int(HASTE.split()[-1]), color=line.get_color(), linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Fréchet distance, judge's features")
+    axes.legend(fontsize=8)
+    figure.savefig(FIGURE, dpi=150)
+
+
+def main():
+    runs, floor = read(RESULTS)
+    steps = sorted(next(iter(runs["plain"].values())))
+    print("| run | " + " | ".join(f"{step:,} steps" for step in steps) + " | precision | recall | teacher's features |")
+    print("|---|" + "---|" * (len(steps) + 3))
+    for run in runs:
+        cells = [spread(values(runs, run, step)) for step in steps]
+        cells += [spread(values(runs, run, steps[-1], column)) for column in ("precision", "recall",
+                                                                              "teacher_distance")]
+        print(f"| {run} | " + " | ".join(cells) + " |")
+    print("| real images |" + " |" * (len(steps) - 1)
+          + "".join(f" {float(floor[key]):.2f} |" for key in ("distance", "precision", "recall", "teacher_distance")))
+    seeds = sorted(runs["plain"])
+    for step in steps:
+        ratio = values(runs, HASTE, step) / values(runs, "plain", step)
+        ups = [speed_up(runs, seed, step) for seed in seeds]
+        print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
+              + ", ".join("more than all" if up is None else f"{up:.2f}" for up in ups))
+    for run in runs:
+        cosines = {step: [rows[step]["gradient_cosine"] for rows in runs[run].values()] for step in steps}
+        print(f"{run}: gradient cosine " + "; ".join(
+            f"{step:,}: {spread(np.array(found, float))}" for step, found in cosines.items() if all(found)))
+    last = steps[-1]
+    better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
+    print(f"at step {last:,} HASTE by the better of plain and aligned, seed by seed: "
+          + ", ".join(f"{x:.2f}" for x in values(runs, HASTE, last) / better))
+    draw(runs, floor)
+
+
+if __name__ == "__main__":
+    main()

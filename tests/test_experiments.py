@@ -1,0 +1,61 @@
+"""experiments/: the comparison in short, and what draw.py makes of its rows."""
+
+import csv
+import sys
+
+import pytest
+from conftest import ROOT, set_constants
+from safetensors.torch import load_file
+
+import train
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import compare  # noqa: E402
+import draw  # noqa: E402
+
+
+def test_compare_in_short(restored, monkeypatch, tmp_path):
+    """A run that stops begins as the aligned one and is then, to the bit, what it had been from the start."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "out").mkdir()
+    set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), OUT=str(tmp_path / "out"),
+                  RESULTS=tmp_path / "results.csv", SEEDS=(7,), STEPS=(2, 4), STOPS=(2,), IMAGES=10, PROCESSES=1,
+                  RUNS={"plain": dict(ALIGN_STEPS=0), "aligned": dict(CHECKPOINT_EVERY=2, KEEP_EVERY=2)})
+    compare.main()
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["step"]) for row in rows] == [("real images", "")] + [
+        (run, step) for run in ("plain", "aligned", "stopped at 2") for step in "24"]
+    plain, aligned, stopped = ([row for row in rows if row["run"] == run] for run in ("plain", "aligned",
+                                                                                      "stopped at 2"))
+    assert {**stopped[0], "run": "aligned"} == aligned[0] and float(stopped[1]["distance"]) > 0
+    assert stopped[1]["denoising_loss"] != aligned[1]["denoising_loss"] != plain[1]["denoising_loss"]
+    changed = (tmp_path / "results.csv").stat().st_mtime_ns
+
+    compare.settings(tmp_path / "straight", 7, dict(ALIGN_STEPS=2, STEPS=4))
+    train.main()
+    straight, forked = (load_file(folder / "ema.safetensors")
+                        for folder in (tmp_path / "straight", tmp_path / "out/stopped at 2/7"))
+    assert all((forked[key] == value).all() for key, value in straight.items())
+
+    compare.main()  # again: nothing is trained or judged anew, the same rows are written
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+    assert (tmp_path / "results.csv").stat().st_mtime_ns > changed
+
+
+def results(path, distances):
+    """A results file of one seed: {run: [distance at 100, 1000]}."""
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, compare.COLUMNS)
+        table.writeheader()
+        for run, pair in distances.items():
+            for step, distance in zip((100, 1000), pair):
+                table.writerow(dict(run=run, seed=0, step=step, distance=distance))
+    return draw.read(path)[0]
+
+
+@pytest.mark.parametrize("haste, expected", [(10, 1.0), (1, 10.0), (10**0.5, 10**0.5), (0.5, None), (20, 1.0)])
+def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
+    runs = results(tmp_path / "results.csv", {"plain": (10, 1), draw.HASTE: (haste, haste)})
+    assert draw.speed_up(runs, 0, 100) == (expected if expected is None else pytest.approx(expected))
