@@ -3,14 +3,14 @@
     apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
     PYTHONPATH=. python experiments/compare.py
 
-One row per run, seed and step in RESULTS. Killed, the same command goes on; draw.py makes figure and table of it.
+One row per run, seed and step in RESULTS. Killed, the same command goes on; with other settings, delete OUT first.
+draw.py makes figure and tables of the rows.
 """
 
 import csv
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -58,8 +58,7 @@ def settings(folder, seed, changes):
     train.ALIGN_STEPS, train.BATCH_SIZE = STEPS[-1], 32
     train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
     train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = STEPS[0], 500, 1, 0
-    train.CONFLICT_FROM = train.CONFLICT_EVERY = 500
-    train.CONFLICT_IMAGES = 256
+    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 500, 500, 256
     for name, value in changes.items():
         setattr(train, name, value)
     sample.RUN_DIR, sample.NUM_SAMPLES, sample.BATCH_SIZE = str(folder), IMAGES, 100
