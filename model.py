@@ -169,6 +169,7 @@ def sincos_pos_embed(hidden_size, grid):
 
 
 def initialize_linear(module):
+    """Xavier weights and zero bias, for Module.apply: other modules are left alone."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

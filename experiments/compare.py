@@ -39,12 +39,13 @@ RUNS = {  # what differs from the settings below
 }
 STOPS = (500, 1000)  # HASTE: "aligned" to this step, then plain
 IMAGES = 1000  # samples judged, class by class
-PROCESSES = 2  # runs at a time, with one core each
+PROCESSES = 2  # runs at a time, which share the cores
 COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "teacher_distance", "denoising_loss",
            "gradient_cosine")
 
 
 def data_dir():
+    """The prepared folder of the images to train on."""
     return f"{OUT}/data" if SOURCE else "data/fashion_mnist_60000"
 
 

@@ -89,9 +89,10 @@ def main():
         print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
               + ", ".join("more than all" if up is None else f"{up:.2f}" for up in ups))
     for run in runs:
-        cosines = {step: [rows[step]["gradient_cosine"] for rows in runs[run].values()] for step in steps}
-        print(f"{run}: gradient cosine " + "; ".join(
-            f"{step:,}: {spread(np.array(found, float))}" for step, found in cosines.items() if all(found)))
+        measured = {step: [rows[step]["gradient_cosine"] for rows in runs[run].values()] for step in steps}
+        cosines = [f"{step:,}: {spread(np.array(found, float))}" for step, found in measured.items() if all(found)]
+        if cosines:
+            print(f"{run}: gradient cosine {'; '.join(cosines)}")
     last = steps[-1]
     better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
     print(f"at step {last:,} HASTE by the better of plain and aligned, seed by seed: "

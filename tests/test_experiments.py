@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT, set_constants
+from PIL import Image
 from safetensors.torch import load_file
 
 import model
@@ -53,8 +54,29 @@ def results(path, distances):
         table.writeheader()
         for run, pair in distances.items():
             for step, distance in zip((100, 1000), pair):
-                table.writerow(dict(run=run, seed=0, step=step, distance=distance))
+                table.writerow(dict(run=run, seed=0, step=step, distance=distance, precision=0.5, recall=0.5,
+                                    teacher_distance=1, gradient_cosine="0.1" if run == "aligned" else ""))
     return draw.read(path)[0]
+
+
+def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="draws with it")
+    set_constants(monkeypatch, draw, RESULTS=tmp_path / "results.csv", FIGURE=str(tmp_path / "figure.png"))
+    distances = {"plain": (10, 2), "features": (8, 1.5), "aligned": (5, 1.25), draw.HASTE: (5, 1)}
+    results(draw.RESULTS, distances)
+    with open(draw.RESULTS, "a", newline="") as file:
+        csv.DictWriter(file, compare.COLUMNS).writerow(dict(run="real images", distance=0.24, precision=0.9, recall=0.8,
+                                                            teacher_distance=0.1))
+    draw.main()
+    said = capsys.readouterr().out
+    assert "| plain | 10.00 (10.00-10.00) | 2.00 (2.00-2.00) |" in said
+    assert "step 1,000: HASTE's distance by plain's 0.50 (0.50-0.50); plain needs" in said and "more than all" in said
+    assert [line for line in said.splitlines() if "cosine" in line] == [
+        "aligned: gradient cosine 100: 0.10 (0.10-0.10); 1,000: 0.10 (0.10-0.10)"]
+    assert "at step 1,000 HASTE by the better of plain and aligned, seed by seed: 0.80" in said
+    table = [line.count("|") for line in said.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(distances) + 1 and len(set(table)) == 1
+    assert Image.open(draw.FIGURE).width > 500
 
 
 @pytest.mark.parametrize("haste, expected", [(10, 1.0), (1, 10.0), (10**0.5, 10**0.5), (0.5, None), (20, 1.0)])
