@@ -30,18 +30,18 @@ SOURCE = None  # None: all 60,000 images; "data/fashion_mnist.png": the 10,000 t
 OUT = "out/compare"
 RESULTS = HERE / "compare.csv"
 SEEDS = (0, 1, 2)
-STEPS = (250, 500, 1000, 2000, 3000)  # at which samples are judged; the last ends the runs
+STEPS = (500, 1000, 2000, 3000)  # at which samples are judged; the last ends the runs
 RUNS = {  # what differs from the settings below
     "plain": dict(ALIGN_STEPS=0),
     "features": dict(ATTENTION_WEIGHT=0),  # REPA
     "attention": dict(FEATURE_WEIGHT=0),
     "aligned": dict(KEEP_EVERY=500),  # HASTE that never stops; those that stop begin at what is kept of it
 }
-STOPS = (500, 1000)  # HASTE: "aligned" to this step, then plain
+STOPS = (1000, 2000)  # HASTE: "aligned" to this step, then plain
 IMAGES = 1000  # samples judged, class by class
 PROCESSES = 2  # runs at a time, which share the cores
 COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "teacher_distance", "denoising_loss",
-           "gradient_cosine")
+           "gradient_cosine", "conflict_step")
 
 
 def data_dir():
@@ -56,7 +56,7 @@ def settings(folder, seed, changes):
     train.MODEL, train.TEACHER = "SiT-8/4", "data/teacher.safetensors"
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(2, 2), (3, 3)], 4
     train.FEATURE_WEIGHT = train.ATTENTION_WEIGHT = 0.5
-    train.ALIGN_STEPS, train.BATCH_SIZE = STEPS[-1], 32
+    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 32  # aligned to the end
     train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
     train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = STEPS[0], 500, 1, 0
     train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 500, 500, 256
@@ -101,9 +101,12 @@ def run(name, seed, changes, stop=None):
             sample.main()
             row = dict(run=name, seed=seed, step=step, **judge(sample.OUT, folder / f"{step}"))
             with open(folder / "log.csv", newline="") as file:
-                logged = {int(line["step"]): line for line in csv.DictReader(file)}[step]
-            row["denoising_loss"] = float(logged["denoising_loss"])  # mean over the last STEPS[0] steps
-            row["gradient_cosine"] = logged["gradient_cosine"] if logged["phase"] == "1" else ""
+                logged = {int(line["step"]): line for line in csv.DictReader(file)}
+            row["denoising_loss"] = float(logged[step]["denoising_loss"])  # mean over the last STEPS[0] steps
+            aligned = {at: line["gradient_cosine"] for at, line in logged.items() if line["phase"] == "1"}
+            row["gradient_cosine"] = aligned.get(step, "")
+            row["conflict_step"] = next((at for at, cosine in aligned.items()  # at which TRIGGER "conflict" stops
+                                         if cosine and float(cosine) < train.CONFLICT_BELOW), "")
             prepare_latents.write_atomically(result, lambda path: path.write_text(json.dumps(row)))
     return name, seed
 
@@ -131,8 +134,8 @@ def main():
     constants = {name: value for name, value in globals().items() if name.isupper()}
     stopped = {f"stopped at {stop}": stop for stop in STOPS}
     with ProcessPoolExecutor(PROCESSES, get_context("spawn"), start, (constants,)) as pool:
-        for runs in ([(name, seed, changes) for seed in SEEDS for name, changes in RUNS.items()],
-                     [(name, seed, dict(ALIGN_STEPS=stop), stop) for seed in SEEDS for name, stop in stopped.items()]):
+        for runs in ([(name, seed, changes) for name, changes in RUNS.items() for seed in SEEDS],
+                     [(name, seed, dict(ALIGN_STEPS=stop), stop) for name, stop in stopped.items() for seed in SEEDS]):
             missing = [each for each in runs if not Path(OUT, each[0], str(each[1]), f"{STEPS[-1]}.json").exists()]
             for done in as_completed([pool.submit(run, *arguments) for arguments in missing]):
                 print("{}, seed {}: done".format(*done.result()), flush=True)

@@ -35,8 +35,8 @@ def values(runs, run, step, column="distance"):
     return np.array([float(rows[step][column]) for _, rows in sorted(runs[run].items())])
 
 
-def spread(numbers):
-    return f"{numbers.mean():.2f} ({numbers.min():.2f}-{numbers.max():.2f})"
+def spread(numbers, digits=2):
+    return f"{numbers.mean():.{digits}f} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
 
 
 def speed_up(runs, seed, step):
@@ -70,33 +70,46 @@ def draw(runs, floor):
     figure.savefig(FIGURE, dpi=150)
 
 
-def main():
-    runs, floor = read(RESULTS)
-    steps = sorted(next(iter(runs["plain"].values())))
+def table(runs, floor):
+    """Markdown: a row per run with the distance at each step, and at the last one what else was measured."""
+    steps, rest = sorted(next(iter(runs["plain"].values()))), ("precision", "recall", "teacher_distance")
     print("| run | " + " | ".join(f"{step:,} steps" for step in steps) + " | precision | recall | teacher's features |")
-    print("|---|" + "---|" * (len(steps) + 3))
+    print("|---|" + "---|" * (len(steps) + len(rest)))
     for run in runs:
         cells = [spread(values(runs, run, step)) for step in steps]
-        cells += [spread(values(runs, run, steps[-1], column)) for column in ("precision", "recall",
-                                                                              "teacher_distance")]
+        cells += [spread(values(runs, run, steps[-1], column)) for column in rest]
         print(f"| {run} | " + " | ".join(cells) + " |")
     print("| real images |" + " |" * (len(steps) - 1)
-          + "".join(f" {float(floor[key]):.2f} |" for key in ("distance", "precision", "recall", "teacher_distance")))
-    seeds = sorted(runs["plain"])
+          + "".join(f" {float(floor[key]):.2f} |" for key in ("distance", *rest)))
+
+
+def conclusions(runs):
+    """Early ratio and speed-up, the last step, and what the gradients' conflict would have done."""
+    steps, seeds = sorted(next(iter(runs["plain"].values()))), sorted(runs["plain"])
     for step in steps:
         ratio = values(runs, HASTE, step) / values(runs, "plain", step)
         ups = [speed_up(runs, seed, step) for seed in seeds]
         print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
               + ", ".join("more than all" if up is None else f"{up:.2f}" for up in ups))
-    for run in runs:
-        measured = {step: [rows[step]["gradient_cosine"] for rows in runs[run].values()] for step in steps}
-        cosines = [f"{step:,}: {spread(np.array(found, float))}" for step, found in measured.items() if all(found)]
-        if cosines:
-            print(f"{run}: gradient cosine {'; '.join(cosines)}")
     last = steps[-1]
     better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
-    print(f"at step {last:,} HASTE by the better of plain and aligned, seed by seed: "
-          + ", ".join(f"{x:.2f}" for x in values(runs, HASTE, last) / better))
+    for run in runs:
+        if run.startswith("stopped"):
+            print(f"at step {last:,} {run} by the better of plain and aligned, seed by seed: "
+                  + ", ".join(f"{x:.2f}" for x in values(runs, run, last) / better))
+    for run in runs:
+        rows = [runs[run][seed][last] for seed in seeds]
+        if all(row["gradient_cosine"] for row in rows):
+            measured = {step: [runs[run][seed][step]["gradient_cosine"] for seed in seeds] for step in steps}
+            print(f"{run}: gradient cosine " + "; ".join(f"{step:,}: {spread(np.array(each, float), 3)}"
+                                                         for step, each in measured.items() if all(each))
+                  + "; the conflict trigger stops at " + ", ".join(row["conflict_step"] or "no step" for row in rows))
+
+
+def main():
+    runs, floor = read(RESULTS)
+    table(runs, floor)
+    conclusions(runs)
     draw(runs, floor)
 
 

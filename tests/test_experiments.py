@@ -69,11 +69,13 @@ def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
                                                             teacher_distance=0.1))
     draw.main()
     said = capsys.readouterr().out
-    assert "| plain | 10.00 (10.00-10.00) | 2.00 (2.00-2.00) |" in said
-    assert "step 1,000: HASTE's distance by plain's 0.50 (0.50-0.50); plain needs" in said and "more than all" in said
+    assert "| plain | 10.00 (10.00 to 10.00) | 2.00 (2.00 to 2.00) |" in said
+    assert "step 1,000: HASTE's distance by plain's 0.50 (0.50 to 0.50); plain needs" in said
+    assert "more than all" in said
     assert [line for line in said.splitlines() if "cosine" in line] == [
-        "aligned: gradient cosine 100: 0.10 (0.10-0.10); 1,000: 0.10 (0.10-0.10)"]
-    assert "at step 1,000 HASTE by the better of plain and aligned, seed by seed: 0.80" in said
+        "aligned: gradient cosine 100: 0.100 (0.100 to 0.100); 1,000: 0.100 (0.100 to 0.100); "
+        "the conflict trigger stops at no step"]
+    assert f"at step 1,000 {draw.HASTE} by the better of plain and aligned, seed by seed: 0.80" in said
     table = [line.count("|") for line in said.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(distances) + 1 and len(set(table)) == 1
     assert Image.open(draw.FIGURE).width > 500

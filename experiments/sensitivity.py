@@ -1,0 +1,33 @@
+"""What HASTE's settings do early on, one at a time around compare.py's: alignment weights, layers, learning rate.
+
+    PYTHONPATH=. python experiments/sensitivity.py
+
+One row per variant, seed and step in sensitivity.csv. What the stopping step does, compare.csv says.
+"""
+
+import compare
+import draw
+
+RUNS = {
+    "plain": dict(ALIGN_STEPS=0),
+    "aligned": {},
+    "aligned, both weights 0.125": dict(FEATURE_WEIGHT=0.125, ATTENTION_WEIGHT=0.125),
+    "aligned, both weights 2": dict(FEATURE_WEIGHT=2, ATTENTION_WEIGHT=2),
+    "aligned, student's layers two earlier": dict(LAYER_PAIRS=[(0, 2), (1, 3)], ALIGN_DEPTH=2),
+    "aligned, student's layers two later": dict(LAYER_PAIRS=[(4, 2), (5, 3)], ALIGN_DEPTH=6),
+    "plain, learning rate 1e-3": dict(ALIGN_STEPS=0, LEARNING_RATE=1e-3),
+    "aligned, learning rate 1e-3": dict(LEARNING_RATE=1e-3),
+    "plain, learning rate 6e-3": dict(ALIGN_STEPS=0, LEARNING_RATE=6e-3),
+    "aligned, learning rate 6e-3": dict(LEARNING_RATE=6e-3),
+}
+
+
+def main():
+    compare.OUT, compare.RESULTS = "out/sensitivity", compare.HERE / "sensitivity.csv"
+    compare.RUNS, compare.STEPS, compare.STOPS = RUNS, (500,), ()
+    compare.main()
+    draw.table(*draw.read(compare.RESULTS))
+
+
+if __name__ == "__main__":
+    main()
