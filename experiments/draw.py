@@ -58,10 +58,10 @@ def draw(runs, floor):
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for run, label in SHOWN.items():
+    for run in (run for run in SHOWN if run in runs):
         steps = sorted(next(iter(runs[run].values())))
         numbers = np.stack([values(runs, run, step) for step in steps])
-        (line,) = axes.plot(steps, numbers.mean(axis=1), marker="o", markersize=3, label=label)
+        (line,) = axes.plot(steps, numbers.mean(axis=1), marker="o", markersize=3, label=SHOWN[run])
         axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=line.get_color(), alpha=0.2)
     axes.axhline(float(floor["distance"]), color="gray", linestyle=":", label="held-out real images")
     axes.axvline(int(HASTE.split()[-1]), color=line.get_color(), linestyle="--", linewidth=0.8)

@@ -1,8 +1,8 @@
-"""What HASTE's settings do early on, one at a time around compare.py's: alignment weights, layers, learning rate.
+"""What HASTE's settings do early on, one at a time around compare_small.py's: alignment weights, layers, learning rate.
 
     PYTHONPATH=. python experiments/sensitivity.py
 
-One row per variant, seed and step in sensitivity.csv. What the stopping step does, compare.csv says.
+One row per variant, seed and step in sensitivity.csv. What the stopping step does, compare.csv and compare_small.csv say.
 """
 
 import compare
@@ -23,8 +23,9 @@ RUNS = {
 
 
 def main():
-    compare.OUT, compare.RESULTS = "out/sensitivity", compare.HERE / "sensitivity.csv"
-    compare.RUNS, compare.STEPS, compare.STOPS = RUNS, (500,), ()
+    compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"  # runs that are there count
+    compare.RESULTS, compare.RUNS = compare.HERE / "sensitivity.csv", RUNS
+    compare.STEPS, compare.STOPS = (500,), ()
     compare.main()
     draw.table(*draw.read(compare.RESULTS))
 
