@@ -90,7 +90,7 @@ def conclusions(runs):
         ratio = values(runs, HASTE, step) / values(runs, "plain", step)
         ups = [speed_up(runs, seed, step) for seed in seeds]
         print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
-              + ", ".join("more than all" if up is None else f"{up:.2f}" for up in ups))
+              + ", ".join(f"more than {steps[-1] / step:.2f}" if up is None else f"{up:.2f}" for up in ups))
     last = steps[-1]
     better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
     for run in runs:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/sensitivity.py
 
-One row per variant, seed and step in sensitivity.csv. What the stopping step does, compare.csv and compare_small.csv say.
+One row per variant and seed in sensitivity.csv. What the stopping step does, compare.csv and compare_small.csv say.
 """
 
 import compare
