@@ -11,22 +11,26 @@ import draw
 COMMIT = False  # True: three seeds, written over the committed table
 
 
+def beside(found, committed):
+    """Prints each distance of seed 0 beside the committed seeds' mean and two standard deviations."""
+    print(f"{'run':16}{'step':>6}{'distance':>10}{'committed':>18}")
+    for run, seeds in found.items():
+        for step, row in seeds[0].items():
+            numbers, distance = draw.values(committed, run, step), float(row["distance"])
+            mean, width = numbers.mean(), 2 * numbers.std(ddof=1)
+            verdict = "" if abs(distance - mean) <= width else "  outside"
+            print(f"{run:16}{step:>6}{distance:>10.2f}{mean:>10.2f} +- {width:.2f}{verdict}")
+
+
 def main():
     compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"
-    compare.SEEDS, compare.STEPS, compare.STOPS = (0,), (250, 500), (250,)
+    compare.SEEDS, compare.STEPS, compare.STOPS = (0, 1, 2) if COMMIT else (0,), (250, 500), (250,)
     compare.RUNS = dict(compare.RUNS, aligned=dict(KEEP_EVERY=250))
     del compare.RUNS["attention"]
     committed = compare.HERE / "compare_small.csv"
     compare.RESULTS = committed if COMMIT else f"{compare.OUT}/results.csv"
-    if COMMIT:
-        compare.SEEDS = (0, 1, 2)
     compare.main()
-    found, expected = draw.read(compare.RESULTS)[0], draw.read(committed)[0]
-    print(f"{'run':16}{'step':>6}{'distance':>10}{'committed: mean (lowest to highest)':>38}")
-    for run, seeds in found.items():
-        for step, row in seeds[compare.SEEDS[0]].items():
-            print(f"{run:16}{step:>6}{float(row['distance']):>10.2f}"
-                  f"{draw.spread(draw.values(expected, run, step)):>38}")
+    beside(draw.read(compare.RESULTS)[0], draw.read(committed)[0])
 
 
 if __name__ == "__main__":

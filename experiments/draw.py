@@ -14,8 +14,8 @@ import numpy as np
 RESULTS = Path(__file__).parent / "compare.csv"
 FIGURE = "data/compare.png"
 SHOWN = {"plain": "plain SiT", "features": "features (REPA)", "aligned": "features and attention, to the end",
-         "stopped at 1000": "features and attention until step 1,000 (HASTE)"}
-HASTE = "stopped at 1000"
+         "stopped at 2000": "features and attention until step 2,000 (HASTE)"}
+HASTE = "stopped at 2000"
 
 
 def read(path):
@@ -61,11 +61,15 @@ def draw(runs, floor):
     for run in (run for run in SHOWN if run in runs):
         steps = sorted(next(iter(runs[run].values())))
         numbers = np.stack([values(runs, run, step) for step in steps])
-        (line,) = axes.plot(steps, numbers.mean(axis=1), marker="o", markersize=3, label=SHOWN[run])
+        (line,) = axes.plot(steps, numbers.mean(axis=1), "--" if run == HASTE else "-", marker="o", markersize=3,
+                            label=SHOWN[run])
         axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=line.get_color(), alpha=0.2)
     axes.axhline(float(floor["distance"]), color="gray", linestyle=":", label="held-out real images")
     axes.axvline(int(HASTE.split()[-1]), color=line.get_color(), linestyle="--", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Fréchet distance, judge's features")
+    axes.set_xticks(steps, [f"{step:,}" for step in steps])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=8)
     figure.savefig(FIGURE, dpi=150)
 

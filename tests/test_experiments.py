@@ -13,6 +13,7 @@ import train
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare  # noqa: E402
+import compare_small  # noqa: E402
 import draw  # noqa: E402
 
 
@@ -94,3 +95,12 @@ def test_readme_shows_the_committed_rows(results, capsys):
     draw.table(runs, floor)
     readme = (ROOT / "README.md").read_text()
     assert [line for line in capsys.readouterr().out.splitlines() if line not in readme] == []
+
+
+def test_reduced_form_says_what_lies_outside_the_committed_table(capsys):
+    committed, found = (draw.read(ROOT / "experiments/compare_small.csv")[0] for _ in range(2))
+    compare_small.beside(found, committed)
+    assert capsys.readouterr().out.count("outside") == 0
+    found["aligned"][0][500]["distance"] = found["plain"][0][500]["distance"]
+    compare_small.beside(found, committed)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "outside" in line] == ["aligned"]
