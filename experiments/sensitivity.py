@@ -25,7 +25,7 @@ RUNS = {
 def main():
     compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"  # runs that are there count
     compare.RESULTS, compare.RUNS = compare.HERE / "sensitivity.csv", RUNS
-    compare.STEPS, compare.STOPS = (500,), ()
+    compare.STEPS, compare.STOPS = (250, 500), ()
     compare.main()
     draw.table(*draw.read(compare.RESULTS))
 
