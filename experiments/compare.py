@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,15 +130,20 @@ def main():
             prepare_latents.main()
     rows = [dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))]
 
-    # all runs; those that stop begin when the aligned ones are done
+    # all runs, the aligned ones first: those that stop begin where one of these is done
     constants = {name: value for name, value in globals().items() if name.isupper()}
     stopped = {f"stopped at {stop}": stop for stop in STOPS}
     with ProcessPoolExecutor(PROCESSES, get_context("spawn"), start, (constants,)) as pool:
-        for runs in ([(name, seed, changes) for name, changes in RUNS.items() for seed in SEEDS],
-                     [(name, seed, dict(ALIGN_STEPS=stop), stop) for name, stop in stopped.items() for seed in SEEDS]):
-            missing = [each for each in runs if not Path(OUT, each[0], str(each[1]), f"{STEPS[-1]}.json").exists()]
-            for done in as_completed([pool.submit(run, *arguments) for arguments in missing]):
-                print("{}, seed {}: done".format(*done.result()), flush=True)
+        jobs = {pool.submit(run, name, seed, RUNS[name]) for name in sorted(RUNS, key="aligned".__ne__)
+                for seed in SEEDS}
+        while jobs:
+            finished, jobs = wait(jobs, return_when=FIRST_COMPLETED)
+            for job in finished:
+                name, seed = job.result()
+                print(f"{name}, seed {seed}: done", flush=True)
+                if name == "aligned":
+                    jobs |= {pool.submit(run, other, seed, dict(ALIGN_STEPS=stop), stop)
+                             for other, stop in stopped.items()}
 
     # one row per run, seed and step; until its stop a run is the aligned one
     for name, stop in (dict.fromkeys(RUNS, 0) | stopped).items():

@@ -35,6 +35,11 @@ def values(runs, run, step, column="distance"):
     return np.array([float(rows[step][column]) for _, rows in sorted(runs[run].items())])
 
 
+def judged_at(runs):
+    """The steps at which the runs were judged."""
+    return sorted(next(iter(next(iter(runs.values())).values())))
+
+
 def spread(numbers, digits=2):
     return f"{numbers.mean():.{digits}f} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
 
@@ -58,8 +63,8 @@ def draw(runs, floor):
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    steps = judged_at(runs)
     for run in (run for run in SHOWN if run in runs):
-        steps = sorted(next(iter(runs[run].values())))
         numbers = np.stack([values(runs, run, step) for step in steps])
         (line,) = axes.plot(steps, numbers.mean(axis=1), "--" if run == HASTE else "-", marker="o", markersize=3,
                             label=SHOWN[run])
@@ -76,7 +81,7 @@ def draw(runs, floor):
 
 def table(runs, floor):
     """Markdown: a row per run with the distance at each step, and at the last one what else was measured."""
-    steps, rest = sorted(next(iter(runs["plain"].values()))), ("precision", "recall", "teacher_distance")
+    steps, rest = judged_at(runs), ("precision", "recall", "teacher_distance")
     print("| run | " + " | ".join(f"{step:,} steps" for step in steps) + " | precision | recall | teacher's features |")
     print("|---|" + "---|" * (len(steps) + len(rest)))
     for run in runs:
@@ -89,7 +94,7 @@ def table(runs, floor):
 
 def conclusions(runs):
     """Early ratio and speed-up, the last step, and what the gradients' conflict would have done."""
-    steps, seeds = sorted(next(iter(runs["plain"].values()))), sorted(runs["plain"])
+    steps, seeds = judged_at(runs), sorted(runs["plain"])
     for step in steps:
         ratio = values(runs, HASTE, step) / values(runs, "plain", step)
         ups = [speed_up(runs, seed, step) for seed in seeds]

@@ -2,15 +2,15 @@
 
     PYTHONPATH=. python experiments/sensitivity.py
 
-One row per variant and seed in sensitivity.csv. What the stopping step does, compare.csv and compare_small.csv say.
+One row per variant and seed in sensitivity.csv. Around what, compare_small.csv holds; what the stopping step does, that
+and compare.csv say.
 """
 
 import compare
 import draw
 
+STEP = 500  # at which samples are judged
 RUNS = {
-    "plain": dict(ALIGN_STEPS=0),
-    "aligned": {},
     "aligned, both weights 0.125": dict(FEATURE_WEIGHT=0.125, ATTENTION_WEIGHT=0.125),
     "aligned, both weights 2": dict(FEATURE_WEIGHT=2, ATTENTION_WEIGHT=2),
     "aligned, student's layers two earlier": dict(LAYER_PAIRS=[(0, 2), (1, 3)], ALIGN_DEPTH=2),
@@ -22,12 +22,23 @@ RUNS = {
 }
 
 
+def against_plain(runs):
+    """Prints each aligned run's distance by that of plain SiT with the same seed and learning rate."""
+    for run in (run for run in runs if run.startswith("aligned")):
+        plain = run.replace("aligned", "plain") if "learning rate" in run else "plain"
+        ratio = draw.values(runs, run, STEP) / draw.values(runs, plain, STEP)
+        print(f"{run} by {plain}: {draw.spread(ratio)}")
+
+
 def main():
     compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"  # runs that are there count
     compare.RESULTS, compare.RUNS = compare.HERE / "sensitivity.csv", RUNS
-    compare.STEPS, compare.STOPS = (250, 500), ()
+    compare.STEPS, compare.STOPS = (STEP,), ()
     compare.main()
-    draw.table(*draw.read(compare.RESULTS))
+    varied, floor = draw.read(compare.RESULTS)
+    draw.table(varied, floor)
+    around, _ = draw.read(compare.HERE / "compare_small.csv")
+    against_plain({**around, **varied})
 
 
 if __name__ == "__main__":
