@@ -2,8 +2,10 @@
 
     PYTHONPATH=. python experiments/compare_small.py
 
-Sets its table beside the committed one, compare_small.csv: the same with seeds 0, 1, 2, by COMMIT = True.
+Sets its distances beside the committed ones, compare_small.csv: the same with seeds 0, 1, 2, by COMMIT = True.
 """
+
+from scipy.stats import t as students_t
 
 import compare
 import draw
@@ -12,12 +14,14 @@ COMMIT = False  # True: three seeds, written over the committed table
 
 
 def beside(found, committed):
-    """Prints each distance of seed 0 beside the committed seeds' mean and two standard deviations."""
+    """Prints each distance of seed 0 beside the committed seeds' mean and the range around it in which another run
+    of the same kind falls 19 times in 20, if distances are spread normally."""
     print(f"{'run':16}{'step':>6}{'distance':>10}{'committed':>18}")
     for run, seeds in found.items():
         for step, row in seeds[0].items():
             numbers, distance = draw.values(committed, run, step), float(row["distance"])
-            mean, width = numbers.mean(), 2 * numbers.std(ddof=1)
+            mean, count = numbers.mean(), len(numbers)
+            width = students_t.ppf(0.975, count - 1) * numbers.std(ddof=1) * (1 + 1 / count) ** 0.5
             verdict = "" if abs(distance - mean) <= width else "  outside"
             print(f"{run:16}{step:>6}{distance:>10.2f}{mean:>10.2f} +- {width:.2f}{verdict}")
 
@@ -26,7 +30,6 @@ def main():
     compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"
     compare.SEEDS, compare.STEPS, compare.STOPS = (0, 1, 2) if COMMIT else (0,), (250, 500), (250,)
     compare.RUNS = dict(compare.RUNS, aligned=dict(KEEP_EVERY=250))
-    del compare.RUNS["attention"]
     committed = compare.HERE / "compare_small.csv"
     compare.RESULTS = committed if COMMIT else f"{compare.OUT}/results.csv"
     compare.main()
