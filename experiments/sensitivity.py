@@ -13,7 +13,6 @@ STEP = 500  # at which samples are judged
 RUNS = {
     "aligned, both weights 0.125": dict(FEATURE_WEIGHT=0.125, ATTENTION_WEIGHT=0.125),
     "aligned, both weights 2": dict(FEATURE_WEIGHT=2, ATTENTION_WEIGHT=2),
-    "aligned, student's layers two earlier": dict(LAYER_PAIRS=[(0, 2), (1, 3)], ALIGN_DEPTH=2),
     "aligned, student's layers two later": dict(LAYER_PAIRS=[(4, 2), (5, 3)], ALIGN_DEPTH=6),
     "plain, learning rate 6e-3": dict(ALIGN_STEPS=0, LEARNING_RATE=6e-3),
     "aligned, learning rate 6e-3": dict(LEARNING_RATE=6e-3),
