@@ -93,7 +93,7 @@ def table(runs, floor):
 
 
 def conclusions(runs):
-    """Early ratio and speed-up, the last step, and what the gradients' conflict would have done."""
+    """Ratios and speed-up, losses, the last step, and what the gradients' conflict would have done."""
     steps, seeds = judged_at(runs), sorted(runs["plain"])
     for step in steps:
         ratio = values(runs, HASTE, step) / values(runs, "plain", step)
@@ -101,6 +101,10 @@ def conclusions(runs):
         print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
               + ", ".join(f"more than {steps[-1] / step:.2f}" if up is None else f"{up:.2f}" for up in ups))
     last = steps[-1]
+    for run in runs:
+        ratios = np.concatenate([values(runs, run, step) / values(runs, "plain", step) for step in steps])
+        print(f"{run}: distance by plain's, all steps and seeds {spread(ratios)}; denoising loss before step {last:,} "
+              + spread(values(runs, run, last, "denoising_loss"), 4))
     better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
     for run in runs:
         if run.startswith("stopped"):

@@ -20,15 +20,15 @@ RUNS = {
 
 
 def against_plain(runs):
-    """Prints each aligned run's distance by that of plain SiT with the same seed and learning rate."""
-    for run in (run for run in runs if run.startswith("aligned")):
-        plain = run.replace("aligned", "plain") if "learning rate" in run else "plain"
+    """Prints each run's distance by that of plain SiT with the same seed; an aligned run's learning rate is plain's."""
+    for run in (run for run in runs if run != "plain"):
+        plain = run.replace("aligned", "plain") if run.startswith("aligned, learning rate") else "plain"
         ratio = draw.values(runs, run, STEP) / draw.values(runs, plain, STEP)
         print(f"{run} by {plain}: {draw.spread(ratio)}")
 
 
 def main():
-    compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"  # runs that are there count
+    compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"  # whose images serve
     compare.RESULTS, compare.RUNS = compare.HERE / "sensitivity.csv", RUNS
     compare.STEPS, compare.STOPS = (STEP,), ()
     compare.main()
