@@ -30,6 +30,7 @@ SOURCE = None  # None: all 60,000 images; "data/fashion_mnist.png": the 10,000 t
 OUT = "out/compare"
 RESULTS = HERE / "compare.csv"
 SEEDS = (0, 1, 2)
+STUDENT = dict(depth=8)  # what differs from the demo's SiT-T/4
 STEPS = (500, 1000, 2000, 3000)  # at which samples are judged; the last ends the runs
 RUNS = {  # what differs from the settings below
     "plain": dict(ALIGN_STEPS=0),
@@ -51,9 +52,9 @@ def data_dir():
 
 def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
-    model.MODELS["SiT-8/4"] = dict(model.MODELS["SiT-T/4"], depth=8)
+    model.MODELS["student"] = dict(model.MODELS["SiT-T/4"], **STUDENT)
     train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = data_dir(), str(folder), 0, seed
-    train.MODEL, train.TEACHER = "SiT-8/4", "data/teacher.safetensors"
+    train.MODEL, train.TEACHER = "student", "data/teacher.safetensors"
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(2, 2), (3, 3)], 4
     train.FEATURE_WEIGHT = train.ATTENTION_WEIGHT = 0.5
     train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 32  # aligned to the end

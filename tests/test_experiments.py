@@ -20,7 +20,7 @@ import draw  # noqa: E402
 def test_compare_in_short(restored, monkeypatch, tmp_path):
     """A run that stops begins as the aligned one and is then, to the bit, what it had been from the start."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(model.MODELS, "SiT-8/4", None)  # taken back afterwards
+    monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
     (tmp_path / "out").mkdir()
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), OUT=str(tmp_path / "out"),
                   RESULTS=tmp_path / "results.csv", SEEDS=(7,), STEPS=(2, 4), STOPS=(2,), IMAGES=10, PROCESSES=1,

@@ -1,0 +1,28 @@
+"""compare.py with a smaller student that trains longer: does alignment come in its way, and does it help to stop it?
+
+    apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
+    PYTHONPATH=. python experiments/late.py
+
+A student of 4 blocks of width 64 is soon as good as it can get, as the paper's are after many epochs. One row per run,
+seed and step in late.csv.
+"""
+
+import compare
+import draw
+
+LAYERS = dict(LAYER_PAIRS=[(1, 2), (2, 3)], ALIGN_DEPTH=3)
+
+
+def main():
+    compare.OUT, compare.RESULTS = "out/late", compare.HERE / "late.csv"
+    compare.STUDENT = dict(depth=4, hidden_size=64, projector_dim=128)
+    compare.STEPS, compare.STOPS, compare.IMAGES = (1000, 2000, 4000, 8000), (2000,), 2000
+    compare.RUNS = {"plain": dict(ALIGN_STEPS=0, **LAYERS), "aligned": dict(KEEP_EVERY=1000, **LAYERS)}
+    compare.main()
+    runs, floor = draw.read(compare.RESULTS)
+    draw.table(runs, floor)
+    draw.conclusions(runs)
+
+
+if __name__ == "__main__":
+    main()
