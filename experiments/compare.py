@@ -159,7 +159,7 @@ def main():
         table.writeheader()
         table.writerows({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
                         for row in rows)
-    print(f"{RESULTS}: {len(rows)} rows; PYTHONPATH=. python experiments/draw.py draws them")
+    print(f"{RESULTS}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draws what compare.py measured: a figure of distance against steps, tables, and what follows from them.
+"""Draws what compare.py and late.py measured: a figure of distance against steps, tables, and what follows from them.
 
-    PYTHONPATH=. python experiments/draw.py       # compare.csv to data/compare.png; needs matplotlib
+    PYTHONPATH=. python experiments/draw.py       # writes data/compare.png; needs matplotlib
 
 Every figure is the mean over seeds with the spread (lowest to highest) behind it.
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "compare.csv"
+HERE = Path(__file__).parent
+PANELS = {HERE / "compare.csv": "student of 8 blocks of width 128", HERE / "late.csv": "4 blocks of width 64"}
 FIGURE = "data/compare.png"
-SHOWN = {"plain": "plain SiT", "features": "features (REPA)", "aligned": "features and attention, to the end",
+SHOWN = {"plain": "plain SiT", "features": "features (REPA)", "attention": "attention alone",
+         "aligned": "features and attention, to the end",
          "stopped at 2000": "features and attention until step 2,000 (HASTE)"}
 HASTE = "stopped at 2000"
 
@@ -58,24 +60,29 @@ def speed_up(runs, seed, step):
     return None
 
 
-def draw(runs, floor):
+def draw(panels):
+    """One panel for each of {title: runs}."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    steps = judged_at(runs)
-    for run in (run for run in SHOWN if run in runs):
-        numbers = np.stack([values(runs, run, step) for step in steps])
-        (line,) = axes.plot(steps, numbers.mean(axis=1), "--" if run == HASTE else "-", marker="o", markersize=3,
-                            label=SHOWN[run])
-        axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=line.get_color(), alpha=0.2)
-    axes.axhline(float(floor["distance"]), color="gray", linestyle=":", label="held-out real images")
-    axes.axvline(int(HASTE.split()[-1]), color=line.get_color(), linestyle="--", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="training steps", ylabel="Fréchet distance, judge's features")
-    axes.set_xticks(steps, [f"{step:,}" for step in steps])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8)
+    figure, row = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), sharey=True, squeeze=False,
+                                  layout="constrained")
+    colors = {run: f"C{i}" for i, run in enumerate(SHOWN)}
+    for axes, (title, runs) in zip(row[0], panels.items()):
+        steps = judged_at(runs)
+        for run in (run for run in SHOWN if run in runs):
+            numbers = np.stack([values(runs, run, step) for step in steps])
+            axes.plot(steps, numbers.mean(axis=1), "--" if run == HASTE else "-", color=colors[run], marker="o",
+                      markersize=3, label=SHOWN[run])
+            axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=colors[run], alpha=0.2)
+        axes.axvline(int(HASTE.split()[-1]), color=colors[HASTE], linestyle="--", linewidth=0.8)
+        axes.set(title=title, xscale="log", yscale="log", xlabel="training steps")
+        axes.set_xticks(steps, [f"{step:,}" for step in steps])
+        axes.set_yticks([4, 6, 10, 15])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+    row[0][0].set_ylabel("Fréchet distance, judge's features")
+    row[0][0].legend(fontsize=8)
     figure.savefig(FIGURE, dpi=150)
 
 
@@ -105,11 +112,11 @@ def conclusions(runs):
         ratios = np.concatenate([values(runs, run, step) / values(runs, "plain", step) for step in steps])
         print(f"{run}: distance by plain's, all steps and seeds {spread(ratios)}; denoising loss before step {last:,} "
               + spread(values(runs, run, last, "denoising_loss"), 4))
-    better = np.minimum(values(runs, "plain", last), values(runs, "aligned", last))
-    for run in runs:
-        if run.startswith("stopped"):
-            print(f"at step {last:,} {run} by the better of plain and aligned, seed by seed: "
-                  + ", ".join(f"{x:.2f}" for x in values(runs, run, last) / better))
+    for run in (run for run in runs if run.startswith("stopped")):
+        ratios = {step: values(runs, run, step) / np.minimum(values(runs, "plain", step), values(runs, "aligned", step))
+                  for step in steps}
+        print(f"{run} by the better of plain and aligned, seed by seed: "
+              + "; ".join(f"step {step:,}: " + ", ".join(f"{x:.2f}" for x in each) for step, each in ratios.items()))
     for run in runs:
         rows = [runs[run][seed][last] for seed in seeds]
         if all(row["gradient_cosine"] for row in rows):
@@ -120,10 +127,13 @@ def conclusions(runs):
 
 
 def main():
-    runs, floor = read(RESULTS)
-    table(runs, floor)
-    conclusions(runs)
-    draw(runs, floor)
+    panels = {}
+    for path, title in PANELS.items():
+        panels[title], floor = read(path)
+        print(f"\n{title}")
+        table(panels[title], floor)
+        conclusions(panels[title])
+    draw(panels)
 
 
 if __name__ == "__main__":

@@ -63,10 +63,11 @@ def results(path, distances):
 
 def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws with it")
-    set_constants(monkeypatch, draw, RESULTS=tmp_path / "results.csv", FIGURE=str(tmp_path / "figure.png"))
+    path = tmp_path / "results.csv"
+    set_constants(monkeypatch, draw, PANELS={path: "a student"}, FIGURE=str(tmp_path / "figure.png"))
     distances = {"plain": (10, 2), "features": (8, 1.5), "aligned": (5, 1.25), draw.HASTE: (5, 1)}
-    results(draw.RESULTS, distances)
-    with open(draw.RESULTS, "a", newline="") as file:
+    results(path, distances)
+    with open(path, "a", newline="") as file:
         csv.DictWriter(file, compare.COLUMNS).writerow(dict(run="real images", distance=0.24, precision=0.9, recall=0.8,
                                                             teacher_distance=0.1))
     draw.main()
@@ -78,7 +79,7 @@ def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
     assert [line for line in said.splitlines() if "cosine" in line] == [
         "aligned: gradient cosine 100: 0.100 (0.100 to 0.100); 1,000: 0.100 (0.100 to 0.100); "
         "the conflict trigger stops at no step"]
-    assert f"at step 1,000 {draw.HASTE} by the better of plain and aligned, seed by seed: 0.80" in said
+    assert f"{draw.HASTE} by the better of plain and aligned, seed by seed: step 100: 1.00; step 1,000: 0.80" in said
     table = [line.count("|") for line in said.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(distances) + 1 and len(set(table)) == 1
     assert Image.open(draw.FIGURE).width > 500
