@@ -145,7 +145,7 @@ def main():
                 name, seed = job.result()
                 print(f"{name}, seed {seed}: done", flush=True)
                 if name == "aligned":
-                    jobs |= {pool.submit(run, other, seed, dict(ALIGN_STEPS=stop), stop)
+                    jobs |= {pool.submit(run, other, seed, RUNS[name] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), stop)
                              for other, stop in stopped.items()}
 
     # one row per run, seed and step; until its stop a run is the aligned one

@@ -15,16 +15,20 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import compare  # noqa: E402
 import compare_small  # noqa: E402
 import draw  # noqa: E402
+import late  # noqa: E402
 
 
 def test_compare_in_short(restored, monkeypatch, tmp_path):
-    """A run that stops begins as the aligned one and is then, to the bit, what it had been from the start."""
+    """A run that stops begins as the aligned one and is then, to the bit, what it had been from the start; late.py's
+    student and layers."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
     (tmp_path / "out").mkdir()
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), OUT=str(tmp_path / "out"),
                   RESULTS=tmp_path / "results.csv", SEEDS=(7,), STEPS=(2, 4), STOPS=(2,), IMAGES=10, PROCESSES=1,
-                  RUNS={"plain": dict(ALIGN_STEPS=0), "aligned": dict(CHECKPOINT_EVERY=2, KEEP_EVERY=2)})
+                  STUDENT=dict(depth=4, hidden_size=64, projector_dim=128),
+                  RUNS={"plain": dict(late.LAYERS, ALIGN_STEPS=0),
+                        "aligned": dict(late.LAYERS, CHECKPOINT_EVERY=2, KEEP_EVERY=2)})
     compare.main()
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -36,7 +40,7 @@ def test_compare_in_short(restored, monkeypatch, tmp_path):
     assert stopped[1]["denoising_loss"] != aligned[1]["denoising_loss"] != plain[1]["denoising_loss"]
     changed = (tmp_path / "results.csv").stat().st_mtime_ns
 
-    compare.settings(tmp_path / "straight", 7, dict(ALIGN_STEPS=2, STEPS=4))
+    compare.settings(tmp_path / "straight", 7, dict(late.LAYERS, ALIGN_STEPS=2, STEPS=4))
     train.main()
     straight, forked = (load_file(folder / "ema.safetensors")
                         for folder in (tmp_path / "straight", tmp_path / "out/stopped at 2/7"))
