@@ -3,19 +3,18 @@
     apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
     PYTHONPATH=. python experiments/late.py
 
-A student of 4 blocks of width 64, whose steps take a fifth of the time. One row per run, seed and step in late.csv;
-draw.py makes figure and tables of them.
+One row per run, seed and step in late.csv; draw.py makes figure and tables of them.
 """
 
 import compare
 
+STUDENT = dict(depth=4, hidden_size=64, projector_dim=128)
 LAYERS = dict(LAYER_PAIRS=[(1, 2), (2, 3)], ALIGN_DEPTH=3)
 
 
 def main():
     compare.OUT, compare.RESULTS = "out/late", compare.HERE / "late.csv"
-    compare.STUDENT = dict(depth=4, hidden_size=64, projector_dim=128)
-    compare.STEPS, compare.STOPS, compare.IMAGES = (1000, 2000, 4000, 8000), (2000,), 2000
+    compare.STUDENT, compare.STEPS, compare.STOPS, compare.IMAGES = STUDENT, (1000, 2000, 4000, 8000), (2000,), 2000
     compare.RUNS = {"plain": dict(ALIGN_STEPS=0, **LAYERS), "aligned": dict(KEEP_EVERY=1000, **LAYERS)}
     compare.main()
 

@@ -26,7 +26,7 @@ def test_compare_in_short(restored, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), OUT=str(tmp_path / "out"),
                   RESULTS=tmp_path / "results.csv", SEEDS=(7,), STEPS=(2, 4), STOPS=(2,), IMAGES=10, PROCESSES=1,
-                  STUDENT=dict(depth=4, hidden_size=64, projector_dim=128),
+                  STUDENT=late.STUDENT,
                   RUNS={"plain": dict(late.LAYERS, ALIGN_STEPS=0),
                         "aligned": dict(late.LAYERS, CHECKPOINT_EVERY=2, KEEP_EVERY=2)})
     compare.main()
