@@ -8,7 +8,6 @@ out/demo/samples.png. Run again, it resumes; delete out/demo to start over. An e
 
 import csv
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -83,7 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FloatingPointError) as error:  # bad input: its one line says what, where and the remedy
-        sys.exit(f"demo.py: {error}")
+    prepare_latents.run_script(main)

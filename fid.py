@@ -12,11 +12,9 @@ https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagen
 import hashlib
 import json
 import os
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import teacher
-from prepare_latents import PreparedDataset, leave_process_group, list_folder, new_batch, to_rgb, write_atomically
+from prepare_latents import (PreparedDataset, leave_process_group, list_folder, new_batch, run_script, start_processes,
+                             stoppable, to_rgb, write_atomically)
 
 # what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by prepare_latents.py,
 # or the folder of a run or of its samples, where samples.npz is taken
@@ -477,6 +476,7 @@ def measure_reference(images, kept, features, network, device, rank, world):
     return real, cache
 
 
+@stoppable
 def main():
     # what to compare
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
@@ -490,14 +490,8 @@ def main():
     Path(OUT).parent.mkdir(parents=True, exist_ok=True)
 
     # processes, device, network
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, device = start_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # sums once per image set, also between GPUs
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
     torch.backends.cudnn.allow_tf32 = False
     if local_rank > 0:
@@ -559,7 +553,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: its one line says what, where and the remedy
-        sys.exit(f"fid.py: {error}")
+    run_script(main)

@@ -1,38 +1,22 @@
-"""SiT, the scalable interpolant transformer (arXiv 2401.08740), with attention that can be returned.
+"""SiT, the scalable interpolant transformer (arXiv 2401.08740), with attention that can be returned, and the
+interpolant between data (t = 0) and noise (t = 1) whose velocity it predicts.
 
     model = build("SiT-XL/2")
     velocity, attn_logits, features = model(x, t, y, attn_layers=(4, 5, 6, 7), return_features=True)
 
 Every block runs the fused `scaled_dot_product_attention`. One named in `attn_layers` hands out its queries and keys as
-well, from which the logits are computed: no other block has any. Parameter names and shapes are those of the
-published SiT, REPA and HASTE checkpoints.
+well, from which the logits are computed. Parameter names and shapes are those of the published checkpoints.
 """
 
-import json
 import math
-import os
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # name: depth, hidden size, heads
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+# depth, hidden size, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MODELS = {
     f"SiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch)
     for size, (depth, hidden, heads) in SIZES.items()
@@ -69,10 +53,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label".
-
-    Dropping labels is the training loop's business: its draws are seeded by step, so that a resumed run repeats them.
-    """
+    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label"; dropping
+    is the training loop's business, whose draws are seeded by step."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -163,9 +145,7 @@ def sincos_pos_embed(hidden_size, grid):
     omega = 10_000 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D / 2]
-    by_column = line[None, :, :].expand(grid, grid, -1)
-    by_row = line[:, None, :].expand(grid, grid, -1)
-    return torch.cat([by_column, by_row], dim=-1).reshape(1, grid * grid, hidden_size).float()
+    return torch.cat([line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)], dim=1)[None].float()
 
 
 def initialize_linear(module):
@@ -222,8 +202,8 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
-                                                                             self.final_layer.linear]:
+        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
@@ -257,16 +237,12 @@ class SiT(nn.Module):
         qk, features = {}, None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, block_qk = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
+                x, qk[i] = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
             else:
-                x, block_qk = block(x, condition, i in attn_layers)
-            if i in attn_layers:
-                qk[i] = block_qk
+                x, qk[i] = block(x, condition, i in attn_layers)
             if return_features and i + 1 == self.align_depth:
                 features = self.projectors[0](x)
-        velocity = self.unpatchify(self.final_layer(x, condition))
-        if self.out_channels > self.in_channels:  # learn_sigma
-            velocity = velocity[:, : self.in_channels]
+        velocity = self.unpatchify(self.final_layer(x, condition))[:, : self.in_channels]  # of learn_sigma's 2C
         return velocity, [qk[i] if return_qk else attention_logits(*qk[i]) for i in attn_layers], features
 
 
@@ -277,149 +253,17 @@ def build(name, **overrides):
     return SiT(**{**MODELS[name], **overrides})
 
 
-# ----- training at scale: speed, shards, checkpoints ------------------------------------------------------------------
+def path_coefficients(t, path):
+    """alpha, sigma of x_t = alpha x + sigma noise, and their derivatives by t, for times t (any shape)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        angle = t * (torch.pi / 2)
+        return angle.cos(), angle.sin(), -torch.pi / 2 * angle.sin(), torch.pi / 2 * angle.cos()
+    raise ValueError(f"unknown path {path!r}; choose 'linear' or 'cosine'")
 
 
-def flops_per_image(model, teacher):
-    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
-
-    The products of L transformer blocks of width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student three times
-    (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do embedders,
-    projector and alignment losses: 2 % in phase I of SiT-XL/2.
-    """
-    def forward(depth, N, D):
-        return depth * (24 * N * D**2 + 4 * N**2 * D)
-
-    _, N, D = model.pos_embed.shape
-    flops = 3 * forward(len(model.blocks), N, D)
-    if teacher is not None:
-        flops += forward(len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim)
-    return flops
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of a large matrix product in this process, the best of ten."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for it
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds)
-
-
-def peak_gib(device):
-    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def compile_blocks(model, dynamic):
-    """Compiles a SiT block by block: one compilation serves all of them, and FSDP gathers their weights between them."""
-    for part in (*model.blocks, model.final_layer):
-        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=dynamic)
-
-
-def shard(model, device, replicas, shards, dtype, gather_again):
-    """Spreads a SiT over replicas * shards processes (FSDP2), each block by itself, gathered in `dtype` for its use.
-
-    Each group of `shards` neighbouring ranks holds the weights once. Weights and reduced gradients are float32.
-    gather_again: free a block's weights after forward and gather them again for backward.
-    """
-    mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if replicas > 1 else mesh["shard"]
-    # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.blocks, *(model.projectors or ())):
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=gather_again)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
-                reshard_after_forward=gather_again)
-
-
-def drop_projector(model, optimizer):
-    """Removes the projector from the model and its weights from the optimiser, whose state of the others stays."""
-    model.projectors = None
-    group = optimizer.param_groups[0]
-    group["params"] = [p for p in model.parameters() if p.requires_grad]
-    for p in optimizer.state.keys() - set(group["params"]):
-        del optimizer.state[p]
-
-
-def ema_parameters(model):
-    """The parameters that are averaged: all but the projector, which sampling does not need."""
-    return {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
-
-
-def run_state(model, optimizer, ema):
-    """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
-               for key, value in optimizer.state[p].items()}
-    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}}
-
-
-def whole(tensor):
-    """The tensor itself, or put together from its shards; every rank takes part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_ema(ema, rank):
-    """A copy of the EMA in rank 0's host memory; {} elsewhere. Every rank takes part."""
-    averages = ((name, whole(average)) for name, average in ema.items())
-    return {name: average.to("cpu", copy=True) for name, average in averages if rank == 0}
-
-
-def finished_checkpoints(run):
-    """Folders of whole checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 7))
-
-
-def save_checkpoint(run, settings, progress, tensors, ema, group, keep_last, keep_every):
-    """Copies the tensors, and writes checkpoints/step_N while training goes on; returns a future.
-
-    Every rank writes its shards of `tensors` (torch.distributed.checkpoint over the process group), rank 0 the rest and
-    `ema`, which it alone has. The folder gets its name when all is there; then old ones go. Where writing fails the
-    future raises OSError, and what stood before stands. keep_every: of these steps, checkpoints stay; 0: none.
-    """
-    folder = run / "checkpoints" / f"step_{progress['step']:07d}"
-    unfinished = folder.with_suffix(".tmp")
-    writing = dcp.async_save(tensors, checkpoint_id=unfinished, process_group=group, no_dist=group is None)
-
-    def finish():
-        try:
-            writing.result()
-            if ema:
-                save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
-                (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
-                os.replace(unfinished, folder)
-                for old in finished_checkpoints(run)[:-keep_last]:
-                    if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
-                        shutil.rmtree(old)
-                latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
-                os.replace(latest, run / "ema.safetensors")
-        except (OSError, CheckpointException, SafetensorError) as error:
-            if ema:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(str(error).strip().splitlines()[-1]) from error
-
-    return ThreadPoolExecutor(1).submit(finish)
-
-
-def load_checkpoint(folder, tensors, world):
-    """Reads the checkpoint into the tensors, whatever number of processes wrote it. Raises ValueError if damaged."""
-    try:
-        dcp.load(tensors, checkpoint_id=folder, no_dist=world == 1)
-    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
-        raise damaged(folder, error) from error
-
-
-def damaged(folder, error):
-    """The ValueError for a checkpoint that cannot be read."""
-    return ValueError(f"{folder}: damaged checkpoint ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); "
-                      f"delete it to resume from the one before, if there is one")
+def interpolate(x, noise, t, path="linear"):
+    """x_t = alpha(t) x + sigma(t) noise and its velocity d x_t / dt. x and noise [B, C, H, W], t [B] in 0..1."""
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t.view(-1, 1, 1, 1), path)
+    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise

@@ -21,11 +21,13 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +35,11 @@ import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from torch import nn
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
+
+from vae import SCALE, load_vae
 
 # source
 SOURCE = "data/imagenet/train"  # what to prepare: see above
@@ -49,8 +50,8 @@ LEAVE_OUT_UNREADABLE = False  # True: finish without the images that cannot be r
 # result
 DATA_DIR = "data/imagenet256"
 IMAGE_SIZE = 256  # pixels; ADM's centre crop
-VAE = "stabilityai/sd-vae-ft-mse"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
-VAE_PRECISION = "float32"  # or "bf16": see README for what it does to the moments
+VAE = "stabilityai/sd-vae-ft-ema"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
+VAE_PRECISION = "float32"  # or "bf16": see experiments/README.md for what it does to the moments
 MIRROR = False  # store the latents of the mirrored images too, for train.MIRROR
 # speed
 BATCH_SIZE = 64  # images per call of the VAE
@@ -63,185 +64,104 @@ CHECK_IMAGES = 256  # images that are encoded again
 CHECK_TOLERANCE = 0.02  # root mean square of the difference from their latents, by that of the latents
 
 FORMAT = 1  # of the prepared folder
-SD_SCALE = 0.18215  # by which latents of Stable Diffusion's VAEs are multiplied
 REMEDY = "delete the folder and run prepare_latents.py again"  # for a finished folder that is damaged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SD-VAE (Stable Diffusion's autoencoder, arXiv 2112.10752), keys and numbers as in diffusers
+# what every script shares: processes, how it ends, files that are whole or absent
 
 
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, each after group norm and SiLU, beside a shortcut."""
-
-    def __init__(self, in_channels, out_channels, norm_groups):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
-
-
-class SpatialAttention(nn.Module):
-    """Single-head self-attention over all positions of [B, C, h, w]."""
-
-    OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # the oldest files' names
-
-    def __init__(self, channels, norm_groups):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.register_load_state_dict_pre_hook(self.rename_old_keys)
-
-    @classmethod
-    def rename_old_keys(cls, module, state, prefix, *_):
-        for old, new in cls.OLD_NAMES.items():
-            for kind in ("weight", "bias"):
-                if f"{prefix}{old}.{kind}" in state:
-                    state[f"{prefix}{new}.{kind}"] = state.pop(f"{prefix}{old}.{kind}")
-
-    def forward(self, x):
-        B, C, h, w = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, h * w, C]
-        q, k, v = (layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))  # [B, 1, h * w, C]
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + out.transpose(1, 2).reshape(B, C, h, w)
+def start_processes(nccl=False):
+    """(rank, number of processes, device) of this process. Those that torchrun started are joined: for tensors on the
+    CPU by gloo, and if `nccl` for those on GPUs too."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        # torchrun restarts one node's processes with the store of the attempt before, whose addresses are dead
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl and device.type == "cuda" else "gloo", rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt, store),
+                                timeout=timedelta(hours=1 if nccl else 24))  # one may have much more to do
+    return rank, world, device
 
 
-class MidBlock(nn.Module):
-    """Resnet, attention, resnet, at the lowest resolution."""
-
-    def __init__(self, channels, norm_groups):
-        super().__init__()
-        self.attentions = nn.ModuleList([SpatialAttention(channels, norm_groups)])
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, norm_groups) for _ in range(2))
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 
 
-class Resample(nn.Module):
-    """Half the resolution by a strided convolution (padded right and below only), or double it (nearest, then 3x3)."""
-
-    def __init__(self, channels, down):
-        super().__init__()
-        self.down = down
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if down else nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2, mode="nearest"))
+def exit_status(number):
+    """Of a program that a stop signal ended: as a shell reports Ctrl-C; 0 for those that schedulers send."""
+    return 130 if number == signal.SIGINT else 0
 
 
-class Stage(nn.Module):
-    """Resnets at one resolution, then a resample (none in the last stage)."""
+def stoppable(main):
+    """A script's main(), in which Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with
+    one line. A second one ends it at once."""
+    def stop(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(exit_status(number))
 
-    def __init__(self, in_channels, out_channels, num_resnets, norm_groups, down, last):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels, norm_groups)
-                                     for i in range(num_resnets))
-        resamplers = nn.ModuleList([] if last else [Resample(out_channels, down)])
-        self.downsamplers, self.upsamplers = (resamplers, None) if down else (None, resamplers)
-
-    def forward(self, x):
-        for layer in (*self.resnets, *(self.downsamplers or ()), *(self.upsamplers or ())):
-            x = layer(x)
-        return x
-
-
-class Encoder(nn.Module):
-    def __init__(self, block_channels, latent_channels, layers_per_block, norm_groups):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, block_channels[0], 3, padding=1)
-        widths = [block_channels[0], *block_channels]
-        self.down_blocks = nn.ModuleList(
-            Stage(widths[i], widths[i + 1], layers_per_block, norm_groups, down=True, last=i + 1 == len(block_channels))
-            for i in range(len(block_channels)))
-        self.mid_block = MidBlock(block_channels[-1], norm_groups)
-        self.conv_norm_out = nn.GroupNorm(norm_groups, block_channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(block_channels[-1], 2 * latent_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, block_channels, latent_channels, layers_per_block, norm_groups):
-        super().__init__()
-        widths = [block_channels[-1], *reversed(block_channels)]
-        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], norm_groups)
-        self.up_blocks = nn.ModuleList(
-            Stage(widths[i], widths[i + 1], layers_per_block + 1, norm_groups, down=False,
-                  last=i + 1 == len(block_channels))
-            for i in range(len(block_channels)))
-        self.conv_norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
-        for stage in self.up_blocks:
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class AutoencoderKL(nn.Module):
-    """The SD-VAE; its state dict is that of diffusers' AutoencoderKL (the oldest attention names load too)."""
-
-    def __init__(self, block_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, norm_groups=32):
-        super().__init__()
-        sizes = (block_channels, latent_channels, layers_per_block, norm_groups)
-        self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-
-    def encode(self, x):
-        """Images [B, 3, H, W] in -1..1 to the posterior's (mean, std), each [B, latent channels, H/8, W/8]."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
-
-    def decode(self, z):
-        """Unscaled latents [B, latent channels, h, w] to images [B, 3, 8h, 8w], nominally in -1..1."""
-        return self.decoder(self.post_quant_conv(z))
-
-
-def load_vae(name):
-    """(AutoencoderKL in eval mode, scale factor of its latents) from a hub name, a diffusers folder or weights file.
-
-    Raises ValueError if the weights cannot be fetched or are not an AutoencoderKL's.
-    """
-    path = Path(name)
-    if path.is_file():
-        config_file, weights_file = path.parent / "config.json", path
-    elif path.is_dir():
-        config_file, weights_file = path / "config.json", path / "diffusion_pytorch_model.safetensors"
-    else:
+    @wraps(main)
+    def until_stopped():
+        if threading.current_thread() is not threading.main_thread():  # signals are another thread's
+            return main()
+        handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
         try:
-            config_file = Path(hf_hub_download(name, "config.json"))
-            weights_file = Path(hf_hub_download(name, "diffusion_pytorch_model.safetensors"))
-        except (OSError, ValueError) as error:  # the hub's errors are OSErrors; a malformed name is a ValueError
-            raise ValueError(f"VAE {name!r} is no local file or folder and could not be fetched from the Hugging Face "
-                             f"hub ({type(error).__name__}); check the name and the connection, or set VAE to a folder "
-                             f"with config.json and diffusion_pytorch_model.safetensors") from error
+            return main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return until_stopped
+
+
+def collect_stops():
+    """The stop signals that come from here on, a list that grows: for work that ends only at places of its own."""
+    numbers = []
+
+    def collect(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        numbers.append(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, collect)
+    return numbers
+
+
+def run_script(main):
+    """Runs a script's main(). What the user can mend becomes one line that says what, where and the remedy."""
     try:
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
-        vae = AutoencoderKL(config.get("block_out_channels", (128, 256, 512, 512)), config.get("latent_channels", 4),
-                            config.get("layers_per_block", 2), config.get("norm_num_groups", 32))
-        vae.load_state_dict(load_file(weights_file))
-    except Exception as error:  # whatever a damaged file does to json, safetensors or torch, the user's remedy is one
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights_file}: not the weights of a diffusers AutoencoderKL ({reason}); "
-                         f"fetch the file again") from error
-    return vae.eval().requires_grad_(False), config.get("scaling_factor", SD_SCALE)
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None  # the disk is full, or gone
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}"
+                 + ("; what is done is kept, the same command goes on" if of_the_system else ""))
+
+
+def leave_process_group(_):
+    """For loaders' processes: a signal to the whole group (Ctrl-C, torchrun's SIGTERM) is for their parent, which ends
+    them when it has saved its work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_DFL)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,9 +429,8 @@ class PreparedDataset:
     labels.npy         int64 [N]
     meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes and checksums of the files
 
-    Index i + N is image i mirrored left to right, unless `mirrored` is None. Large files are memory-mapped, never copied
-    to memory.
-    With `with_images=False` the images' files are not opened.
+    Index i + N is image i mirrored left to right, unless `mirrored` is None. Large files are memory-mapped, never
+    copied to memory. With `with_images=False` the images' files are not opened.
     Raises ValueError where the folder is missing, unfinished or damaged.
     """
 
@@ -581,33 +500,17 @@ class PreparedDataset:
         return moments, labels, images
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def leave_process_group(_):
-    """For loaders' processes: a signal to the whole group (Ctrl-C, torchrun's SIGTERM) is for their parent, which ends
-    them when it has saved its work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
 def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
     """Raises ValueError that names what differs between a folder's settings and this run's."""
     differing = [f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if differing:
         raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
                          f"set them back, choose another {constant} or delete the folder")
+
+
+def by_encoder(settings):
+    """The settings, with sd-vae-ft-ema for sd-vae-ft-mse: their encoders are the same, so a folder serves both."""
+    return dict(settings, vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
 
 
 def reserve(path, shape, dtype=np.float16):
@@ -618,8 +521,8 @@ def reserve(path, shape, dtype=np.float16):
             try:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
             except OSError as error:
-                raise ValueError(f"{path}: no room for {os.path.getsize(path):,} bytes ({error.strerror}); make room or "
-                                 f"choose another folder") from error
+                raise ValueError(f"{path}: no room for {os.path.getsize(path):,} bytes ({error.strerror}); make room "
+                                 f"or choose another folder") from error
 
 
 def check_space(folder, crops, count, latents_bytes):
@@ -750,10 +653,9 @@ def check(folder):
           f"{worst:.2%} (root mean square)")
 
 
+@stoppable
 def main():
-    started = time.time()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(DATA_DIR)
+    started, folder = time.time(), Path(DATA_DIR)
     unfinished = folder / "unfinished"
     if VAE_PRECISION not in ("float32", "bf16"):
         raise ValueError(f"unknown VAE_PRECISION {VAE_PRECISION!r}; choose float32 or bf16")
@@ -763,27 +665,22 @@ def main():
                     vae_precision=VAE_PRECISION if VAE else None)
     if (folder / "meta.json").exists():
         finished = PreparedDataset(folder).meta
-        refuse_other(folder, "finished", finished, settings)
+        refuse_other(folder, "finished", by_encoder(finished), by_encoder(settings))
         shutil.rmtree(unfinished, ignore_errors=True)
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
         return
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only for barriers, also between GPUs
+    rank, world, device = start_processes()
+    torch.set_float32_matmul_precision("high")  # on GPUs float32 convolutions and products may use TF32
     wait_for_all = dist.barrier if world > 1 else lambda: None
 
     # source, VAE, and the folder that they make, or began to make
     source = open_source(Path(SOURCE))
     count, brought = len(source.labels), isinstance(source, PublishedLatents)
-    device, vae = torch.device("cpu"), None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # float32 convolutions and products may use TF32
     if VAE is None:
-        vae_meta, shape = None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
+        vae, vae_meta, shape = None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
     elif brought:
-        vae_meta, shape = dict(name=VAE, scale=SD_SCALE), source.shape
+        vae, vae_meta, shape = None, dict(name=VAE, scale=SCALE), source.shape
         if MIRROR or source[0].size != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"{SOURCE}: brings latents of images of {source[0].size} pixels, not mirrored; set "
                              f"IMAGE_SIZE to their size and MIRROR to False")
@@ -803,7 +700,7 @@ def main():
     plan_file, moving_file = unfinished / "plan.json", unfinished / "moving"
     resuming, moving = plan_file.exists(), moving_file.exists()
     if resuming:
-        refuse_other(folder, "begun", json.loads(plan_file.read_text()), plan)
+        refuse_other(folder, "begun", by_encoder(json.loads(plan_file.read_text())), by_encoder(plan))
     chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
     records = [unfinished / f"{number:06d}.json" for number in range(len(chunks))]
     missing = [number for number, record in enumerate(records) if not record.exists() or not (
@@ -838,8 +735,9 @@ def main():
             unreadable.write_text("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
     wait_for_all()
     if reasons and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
-        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read; unreadable.txt there lists "
-                         f"them, the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = True")
+        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read; unreadable.txt there "
+                         f"lists them, the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = "
+                         f"True")
 
     # packed images to their places in images.bin; from here on, what is left out stays left out
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -881,11 +779,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # bad input: its one line says what, where and the remedy
-        sys.exit(f"prepare_latents.py: {error}")
-    except OSError as error:  # the disk is full, or gone
-        sys.exit(f"prepare_latents.py: {error}; what is done is kept, the same command goes on")
-    except KeyboardInterrupt:
-        sys.exit("prepare_latents.py: stopped; what is done is kept, the same command goes on")
+    run_script(main)

@@ -10,25 +10,21 @@ its index) alone, not on the batch size, the number of GPUs or how many are draw
 
 import hashlib
 import json
-import os
-import pickle
-import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from scipy.integrate import RK45
 from tqdm import tqdm
 
-from model import MODELS, SiT, compile_blocks
-from prepare_latents import load_vae, refuse_other, reserve, write_atomically
+from checkpoint import load_model
+from model import SiT, path_coefficients
+from prepare_latents import refuse_other, reserve, run_script, start_processes, stoppable, write_atomically
+from vae import load_vae
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
@@ -62,16 +58,6 @@ COMPILE = True  # on a GPU
 def seed_from(*numbers):
     """A 64-bit seed from integers that name a random stream, well mixed even when they differ by one."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def path_coefficients(t, path):
-    """alpha, sigma of x_t = alpha x + sigma noise, and their derivatives by t, for times t (any shape)."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    if path == "cosine":
-        angle = t * (torch.pi / 2)
-        return angle.cos(), angle.sin(), -torch.pi / 2 * angle.sin(), torch.pi / 2 * angle.cos()
-    raise ValueError(f"unknown path {path!r}; choose 'linear' or 'cosine'")
 
 
 def score_from_velocity(velocity, x, t, path):
@@ -234,7 +220,7 @@ def save_grid(images, columns, path):
 def save_preview(path, ema, settings, vae, device, grid, steps, seed):
     """Grid of samples with one class a row, always from the same noise so that previews can be compared.
 
-    ema, settings: weights of a SiT and what load_model says of their run; grid: rows, columns; steps: of Euler.
+    ema, settings: weights of a SiT and their run's settings; grid: rows, columns; steps: of Euler.
     """
     model = SiT(**settings["sit"]).to(device)
     model.load_state_dict(ema)
@@ -257,58 +243,6 @@ def velocity_of(model, settings, device, precision="bf16"):
                 return -model(x, 1 - t, y)[0]
             return model(x, t, y)[0]
     return velocity
-
-
-def published_settings(state):
-    """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    heads = {(m["hidden_size"], m["depth"]): m["num_heads"] for m in MODELS.values()}[hidden, depth]
-    sit = dict(input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch, patch_size=patch, in_channels=channels,
-               hidden_size=hidden, depth=depth, num_heads=heads, qk_norm="blocks.0.attn.q_norm.weight" in state,
-               num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1,
-               learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels)
-    # the first release's time runs the other way, from noise to data
-    return dict(sit=sit, PATH="linear", time_from_noise=sit["learn_sigma"],
-                data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
-
-
-def load_model(path):
-    """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
-
-    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
-    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file
-    is missing, damaged or of another kind.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
-    unexpected, settings = [], None
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get("settings", "null"))
-                state = {key: file.get_tensor(key) for key in file.keys()}
-        else:
-            # their training arguments' class is let in by its name, for which this empty one stands
-            namespace = type("Namespace", (), dict(__module__="argparse"))
-            with torch.serialization.safe_globals([namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state = state.get("ema", state)
-        # REPA's first files number the blocks after the projector's anew
-        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value
-                 for key, value in state.items() if not key.startswith("projectors.")}
-        unexpected = sorted(state)
-        settings = settings or published_settings(state)
-        model = SiT(**{**settings["sit"], "teacher_dim": None})
-        unexpected = sorted(state.keys() - model.state_dict().keys())
-        model.load_state_dict(state)
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
-            AttributeError) as error:
-        reason = f"unexpected keys {', '.join(map(str, unexpected[:3]))}" if unexpected else str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({reason}); copy or train it again") from error
-    return model.eval().requires_grad_(False), settings
 
 
 def check_settings():
@@ -340,7 +274,8 @@ class Sampler:
         if vae_meta is not None:
             self.vae, self.scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
         if COMPILE and device.type == "cuda":
-            compile_blocks(model, dynamic=None)  # once for BATCH_SIZE, once for any other number of rows
+            for part in (*model.blocks, model.final_layer):  # once for BATCH_SIZE, once for any other number of rows
+                part.compile(fullgraph=True)
         self.device, self.velocity = device, velocity_of(model.to(device), self.settings, device, PRECISION)
 
     def draw(self, indices, classes, cfg_scale=None, velocity=None):
@@ -450,17 +385,12 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, classes {CLASS_SAMPLING}")
 
 
+@stoppable
 def main():
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_settings()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    rank, world, device = start_processes()
     checkpoint, out = Path(CHECKPOINT or Path(RUN_DIR) / "ema.safetensors"), Path(OUT)
     sampler = Sampler(checkpoint, device)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only for barriers, also between GPUs
 
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
     names = ("VAE", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "SEED", "MODE", "SOLVER", "STEPS", "TOLERANCE",
@@ -486,7 +416,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # bad input: its one line says what, where and the remedy
-        sys.exit(f"sample.py: {error}")
+    run_script(main)

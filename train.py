@@ -11,33 +11,31 @@ import gc
 import importlib.util
 import json
 import os
-import platform
-import reprlib
 import shutil
-import signal
 import sys
 import time
-import warnings
-from datetime import timedelta
-from functools import lru_cache
-from itertools import chain, pairwise
+import timeit
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import sample
-from model import (MODELS, attention_logits, build, compile_blocks, damaged, drop_projector, ema_parameters,
-                   finished_checkpoints, flops_per_image, load_checkpoint, matrix_rate, peak_gib, run_state,
-                   save_checkpoint, shard, whole, whole_ema)
-from prepare_latents import PreparedDataset, leave_process_group, load_vae, write_atomically
+import checkpoint
+from model import MODELS, attention_logits, build, interpolate
+from prepare_latents import (PreparedDataset, collect_stops, exit_status, leave_process_group, run_script,
+                             start_processes, stoppable, write_atomically)
+from sample import save_preview, seed_from
 from teacher import teacher_for_grid
+from vae import load_vae
 
 # data and run
 DATA_DIR = "data/imagenet256"  # written by prepare_latents.py
@@ -50,7 +48,7 @@ MODEL = "SiT-XL/2"  # see model.MODELS
 PATH = "linear"  # interpolant: "linear" or "cosine"
 LABEL_DROPOUT = 0.1  # probability of training on "no label", for classifier-free guidance
 # phase I: alignment with the teacher
-TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a .safetensors file written by teacher.py
+TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a file written by experiments/train_network.py
 LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) layers, 0-based; B/2: (2, 7) (3, 9) (4, 11)
 ALIGN_DEPTH = 8  # blocks before the tokens whose features are aligned; B/2: 5
 FEATURE_WEIGHT = 0.5
@@ -59,7 +57,9 @@ ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
 TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
 CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
 CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what; in whole batches
-CONFLICT_BELOW = -0.05  # "conflict": phase II starts when their mean cosine falls below this
+# "conflict": phase II starts when their mean falls below this, the paper's SiT-B/2 example. For XL/2, by the paper's
+# own table, the same mean stays between -0.004 and +0.023 until step 290,000: it would not have fired.
+CONFLICT_BELOW = -0.05
 # optimisation
 STEPS = 500_000  # 100 epochs of ImageNet
 BATCH_SIZE = 256  # images per step over all GPUs
@@ -90,13 +90,7 @@ COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", 
            "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
 
 
-# ----- losses --------------------------------------------------------------------------------------------------------
-def interpolate(x, noise, t, path="linear"):
-    """x_t = alpha(t) x + sigma(t) noise and its velocity d x_t / dt. x and noise [B, C, H, W], t [B] in 0..1."""
-    alpha, sigma, d_alpha, d_sigma = sample.path_coefficients(t.view(-1, 1, 1, 1), path)
-    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
-
-
+# ----- losses ---------------------------------------------------------------------------------------------------------
 def attention_loss(student_logits, teacher_logits):
     """Cross-entropy of the student's attention rows against the teacher's: mean over rows, heads, batch, layer pairs.
 
@@ -127,12 +121,9 @@ def attention_loss_of_qk(student, teacher):
     for (q, k), (teacher_q, teacher_k) in zip(student, teacher, strict=True):
         heads, N = min(q.shape[1], teacher_q.shape[1]), q.shape[2]
         q, k, teacher_q, teacher_k = (each[:, :heads] for each in (q, k, teacher_q, teacher_k))
-        if N <= 256:
-            losses.append(of_rows(q, k, teacher_q, teacher_k))
-        else:
-            parts = zip(q.split(256, dim=2), teacher_q.split(256, dim=2))
-            losses.append(sum(rows.shape[2] / N * checkpoint(of_rows, rows, k, targets, teacher_k, use_reentrant=False)
-                              for rows, targets in parts))
+        loss_of = of_rows if N <= 256 else partial(recomputed, of_rows, use_reentrant=False)
+        losses.append(sum(rows.shape[2] / N * loss_of(rows, k, targets, teacher_k)
+                          for rows, targets in zip(q.split(256, dim=2), teacher_q.split(256, dim=2))))
     return torch.stack(losses).mean()
 
 
@@ -154,10 +145,7 @@ def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
 
 
 def compute_losses(student, teacher, x, noise, t, y, images, align=alignment_losses):
-    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero.
-
-    align: alignment_losses, or it compiled.
-    """
+    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
         velocity, _, _ = student(x_t, t, y)
@@ -179,9 +167,7 @@ def permutation(seed, epoch, count):
 
 def batch_indices(step, count, rank, world):
     """This rank's part of the step's batch: numbers of images, plus `count` for a mirrored one (see PreparedDataset).
-
-    Epochs follow each other without a gap.
-    """
+    Epochs follow each other without a gap."""
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     positions = (np.arange(BATCH_SIZE) + step * BATCH_SIZE)[part]
     epochs = positions // count
@@ -190,32 +176,12 @@ def batch_indices(step, count, rank, world):
     return images + count * (MIRROR & (np.random.default_rng((SEED, 1, step)).random(BATCH_SIZE) < 0.5)[part])
 
 
-def open_batches(data, first, last, rank, world):
-    """Iterator over this rank's (moments, labels, images or None) for the steps first..last - 1."""
-    order = (batch_indices(step, len(data), rank, world) for step in range(first, last))
-    workers = min(WORKERS, os.cpu_count())
-    return iter(DataLoader(data, sampler=order, batch_size=None, num_workers=workers,
-                           worker_init_fn=leave_process_group, pin_memory=torch.cuda.is_available()))
-
-
-def on_device(batches, device):
-    """The batches, on the device. A GPU copies the next one on a stream of its own while it computes with this one."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    computing, copying = torch.cuda.current_stream(), torch.cuda.Stream()
-
-    def copy(batch):
-        with torch.cuda.stream(copying):
-            copies = [part if part is None else part.to(device, non_blocking=True) for part in batch]
-        return copies, copying.record_event()
-
-    for (batch, copied), _ in pairwise(chain(map(copy, batches), [None])):
-        computing.wait_event(copied)
-        for part in batch:
-            if part is not None:
-                part.record_stream(computing)
-        yield batch
+def open_batches(data, steps, rank, world, device):
+    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device."""
+    order = (batch_indices(step, len(data), rank, world) for step in steps)
+    loader = DataLoader(data, sampler=order, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
+                        worker_init_fn=leave_process_group, pin_memory=device.type == "cuda")
+    return ([part if part is None else part.to(device, non_blocking=True) for part in batch] for batch in iter(loader))
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
@@ -223,7 +189,7 @@ def draw_noise(step, shape, rank, world, device, stream=1):
 
     Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing.
     """
-    generator = torch.Generator(device).manual_seed(sample.seed_from(SEED, stream, step))
+    generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
     uniform = torch.rand(2, BATCH_SIZE, generator=generator, device=device)[:, part]
@@ -238,7 +204,21 @@ def sample_latents(moments, noise, vae_meta):
     return (mean + std * noise) * vae_meta["scale"]
 
 
-# ----- model and optimiser, settings, checkpoints, logs ---------------------------------------------------------------
+# ----- model over GPUs, optimiser, EMA --------------------------------------------------------------------------------
+def shard(model, device, world, shards, dtype):
+    """Spreads the model over all processes (FSDP2), each block by itself, gathered in `dtype` for its use.
+
+    Each group of `shards` neighbouring ranks holds the weights once. Weights and reduced gradients are float32.
+    """
+    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+    options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
+    # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*model.blocks, *(model.projectors or ())):
+        fully_shard(part, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+
+
 def make_optimizer(model):
     """AdamW over what trains. Fused: one kernel, and it can skip a step on the device (see the loop)."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -249,37 +229,41 @@ def make_optimizer(model):
     return optimizer
 
 
+# ----- settings and logs ----------------------------------------------------------------------------------------------
+def check_settings(data, world):
+    """Raises ValueError for settings that could only fail later."""
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    for name, choices in (("MODEL", MODELS), ("PATH", ("linear", "cosine")), ("TRIGGER", ("step", "conflict")),
+                          ("SHARDING", ("zero2", "zero3", "replicate")), ("TRACKER", (None, "tensorboard", "wandb"))):
+        need(globals()[name] in choices,
+             f"unknown {name} {globals()[name]!r}; choose one of {', '.join(map(str, choices))}")
+    need(TRACKER is None or importlib.util.find_spec(TRACKER),
+         f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
+    parts, depth = world * MICRO_BATCHES, MODELS[MODEL]["depth"]
+    need(BATCH_SIZE % parts == 0,
+         f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; the "
+         f"nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
+    need(not MIRROR or data.mirrored is not None,
+         f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with prepare_latents.MIRROR = "
+         f"True, or set MIRROR to False")
+    need(TRIGGER == "step" or CONFLICT_EVERY,
+         "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
+    need(not (ALIGN_STEPS and ATTENTION_WEIGHT) or LAYER_PAIRS and all(0 <= s < depth for s, _ in LAYER_PAIRS),
+         f"LAYER_PAIRS {LAYER_PAIRS}: the student layers must lie in 0..{depth - 1}; set ATTENTION_WEIGHT to 0 for "
+         f"none")
+
+
 def current_settings(data, sit):
     """Every constant of this file, the model's arguments and the data set: what makes the run repeatable."""
     not_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
     constants = {name: value for name, value in globals().items() if name.isupper() and name not in not_settings}
     described = {key: data.meta[key] for key in ("source", "count", "image_size", "latent_shape", "vae", "classes")}
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     # through JSON and back, so that it compares equal to what was read from a file
     return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
-
-
-def find_checkpoint(run, settings):
-    """(folder, progress) of the newest checkpoint; (None, None) where the run is new.
-
-    Raises ValueError if it is damaged or belongs to other settings.
-    """
-    found = finished_checkpoints(run)
-    if not found:
-        return None, None
-    try:
-        progress = json.loads((found[-1] / "progress.json").read_text())
-        saved = progress.pop("settings")
-    except (OSError, ValueError, KeyError) as error:
-        raise damaged(found[-1], error) from error
-    differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in FROZEN
-                 if saved.get(key) != settings[key]]
-    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
-                  for key, value in saved["data"].items() if value != settings["data"][key]]
-    if differing:
-        raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
-                         f"or choose another RUN_DIR")
-    return found[-1], progress
 
 
 def append(path, line):
@@ -295,8 +279,7 @@ def truncate_log(path, step):
     """Starts log.csv, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
     kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step]
-    text = "".join(",".join(row) + "\n" for row in (COLUMNS, *kept))
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write_text("".join(",".join(row) + "\n" for row in (COLUMNS, *kept))))
 
 
 def open_tracker(run, settings):
@@ -312,83 +295,77 @@ def open_tracker(run, settings):
     return lambda step, values: None
 
 
-def check_settings(data, world):
-    """Raises ValueError for settings that could only fail later."""
-    for name, value, choices in (("MODEL", MODEL, MODELS), ("PATH", PATH, ("linear", "cosine")),
-                                 ("TRIGGER", TRIGGER, ("step", "conflict")),
-                                 ("SHARDING", SHARDING, ("zero2", "zero3", "replicate")),
-                                 ("TRACKER", TRACKER, (None, "tensorboard", "wandb"))):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, choices))}")
-    if TRACKER and importlib.util.find_spec(TRACKER) is None:
-        raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
-    parts = world * MICRO_BATCHES
-    if BATCH_SIZE % parts:
-        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} "
-                         f"MICRO_BATCHES; the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
-    if MIRROR and data.mirrored is None:
-        raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
-                         f"prepare_latents.MIRROR = True, or set MIRROR to False")
-    if TRIGGER == "conflict" and not CONFLICT_EVERY:
-        raise ValueError("TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
-    outside = [s for s, _ in LAYER_PAIRS if not 0 <= s < MODELS[MODEL]["depth"]]
-    if ALIGN_STEPS and ATTENTION_WEIGHT and (outside or not LAYER_PAIRS):
-        raise ValueError(f"LAYER_PAIRS {LAYER_PAIRS}: the student layers must lie in 0..{MODELS[MODEL]['depth'] - 1}; "
-                         f"set ATTENTION_WEIGHT to 0 for none")
-
-
 # ----- measurements beside the training step --------------------------------------------------------------------------
+def flops_per_image(model, teacher):
+    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
+
+    The products of L transformer blocks of width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student three times
+    (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do embedders,
+    projector and alignment losses: 2 % in phase I of SiT-XL/2.
+    """
+    _, N, D = model.pos_embed.shape
+    blocks = [(3 * len(model.blocks), N, D)]
+    if teacher is not None:
+        blocks.append((len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim))
+    return sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product in this process, the best of ten."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=10))  # item() waits for it
+
+
+def peak_gib(device):
+    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
-    HASTE's measure of when the teacher starts to hinder: on the first CONFLICT_IMAGES images of the run (in whole
-    batches, at least one) at each time in CONFLICT_TIMES. The same on all ranks, for any number of them; leaves no
-    gradient behind.
+    HASTE's measure of when the teacher starts to hinder: on the first CONFLICT_IMAGES images of the run, in whole
+    batches, at each time in CONFLICT_TIMES. The same on all ranks, for any number of them; leaves no gradient behind.
     """
     block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
-    batches = list(on_device(open_batches(data, 0, max(1, CONFLICT_IMAGES // BATCH_SIZE), rank, world), device))
-    cosines = []
-    for t in CONFLICT_TIMES:
-        gradients = []
-        for aligned in (False, True):
-            for i, (moments, labels, images) in enumerate(batches):
-                posterior_noise, noise, _, _ = draw_noise(i, data.shape, rank, world, device, stream=2)
-                x = sample_latents(moments, posterior_noise, data.vae)
-                for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
-                    times = torch.full_like(x[:, 0, 0, 0], t)
-                    with autocast():
-                        denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise,
-                                                                       times, y, images, align)
-                    (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
-            gradients.append(torch.cat([whole(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                                        for p in block]))
-            model.zero_grad(set_to_none=True)
-        cosines.append(F.cosine_similarity(*gradients, dim=0))
-    mean = torch.stack(cosines).mean()
+    batches = list(open_batches(data, range(max(1, CONFLICT_IMAGES // BATCH_SIZE)), rank, world, device))
+
+    def gradient(time, aligned):
+        for i, (moments, labels, images) in enumerate(batches):
+            posterior_noise, noise, _, _ = draw_noise(i, data.shape, rank, world, device, stream=2)
+            x = sample_latents(moments, posterior_noise, data.vae)
+            for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
+                t = torch.full_like(x[:, 0, 0, 0], time)
+                with autocast():
+                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise, t, y,
+                                                                   images, align)
+                (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
+        model.zero_grad(set_to_none=True)
+        return torch.cat([checkpoint.whole(each).flatten() for each in found])
+
+    mean = torch.stack([F.cosine_similarity(gradient(t, False), gradient(t, True), dim=0)
+                        for t in CONFLICT_TIMES]).mean()
     if world > 1:
         dist.broadcast(mean, 0)
     return mean.item()
 
 
 # ----- the run --------------------------------------------------------------------------------------------------------
+@stoppable
 def main():
-    # processes and device
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world > 1 and not dist.is_initialized():
-        # torchrun restarts one node's processes with the store of the attempt before, whose addresses are dead
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if per_node == world else "0"
-        store, _, _ = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(attempt, store))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    # processes and precision
+    rank, world, device = start_processes(nccl=True)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     precision = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-    warnings.filterwarnings("ignore", "torch.distributed is")  # checkpoints of one process: meant so
 
     # data, and where the run stands: phase II never opens the images
     data = PreparedDataset(DATA_DIR, with_images=False)
@@ -396,14 +373,14 @@ def main():
     sit = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], num_classes=len(data.classes),
                class_dropout_prob=LABEL_DROPOUT, align_depth=ALIGN_DEPTH, teacher_dim=None)
     settings, run = current_settings(data, sit), Path(RUN_DIR)
-    saved, progress = find_checkpoint(run, settings)
-    progress = progress or dict(step=0, aligning=FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0, cosine=None)
+    saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
 
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
 
-    aligning = aligning and not phase_one_is_over()  # phase I; once False it stays False
+    # phase I; once False it stays False
+    aligning = aligning and (FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0) and not phase_one_is_over()
 
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
@@ -414,42 +391,39 @@ def main():
     vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
-    torch.manual_seed(sample.seed_from(SEED, 3))
-    teacher_dim = teacher.dim if aligning and FEATURE_WEIGHT else None
-    model = build(MODEL, **{**sit, "teacher_dim": teacher_dim}).to(device)
+    torch.manual_seed(seed_from(SEED, 3))
+    model = build(MODEL, **dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     flops = flops_per_image(model, teacher)
-    if COMPILE:
-        compile_blocks(model, dynamic=False)
+    if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
+        for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
+            part.compile(fullgraph=True, dynamic=False)
         align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
-        if aligning:
-            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
-    shards = 1 if SHARDING == "replicate" else per_node  # several nodes: sharded inside each, replicated between them
-    if world > 1:
-        shard(model, device, world // shards, shards, precision, gather_again=SHARDING == "zero3")
+    shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world > 1:  # over several nodes: sharded inside each, replicated between them
+        shard(model, device, world, shards, precision)
     optimizer = make_optimizer(model)
-    ema = {name: p.detach().clone() for name, p in ema_parameters(model).items()}
+    averaged = {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
+    ema = {name: p.detach().clone() for name, p in averaged.items()}
     update_ema = get_ema_multi_avg_fn(EMA_DECAY)
     meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
     if saved:
-        load_checkpoint(saved, dict(run_state(model, optimizer, ema), meters=meters), world)
+        checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
     # run folder: what is needed to repeat the run
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "previews").mkdir(exist_ok=True)
-        for unfinished in run.rglob("*.tmp*"):  # what a killed run was writing
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        for unfinished in (run / "checkpoints").glob("step_*.tmp"):  # what a killed run was writing
+            shutil.rmtree(unfinished)
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
         truncate_log(run / "log.csv", step)
     if world > 1:
         dist.barrier()
-        seen = [None] * world
-        dist.all_gather_object(seen, (run / "settings.json").exists())
-        if not all(seen):
-            raise ValueError(f"{run}: rank {seen.index(False)} does not see what rank 0 wrote there; put RUN_DIR on a "
-                             f"disk that all nodes share")
+    if not (run / "settings.json").exists():
+        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
+                         f"nodes share")
     track = open_tracker(run, settings) if rank == 0 else None
 
     def log(text):
@@ -457,55 +431,33 @@ def main():
             tqdm.write(text)
             append(run / "log.txt", text)
 
-    # Ctrl-C, SIGTERM or SIGUSR1 to any process: finish the step, save, leave. A second one kills.
-    stop_signals = []
-
-    def request_stop(number, _):
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, request_stop)
-                for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
-    # on the host, without a wait for the GPU; one for the loop, one for the thread that writes checkpoints
-    stop_group, saving_group = [dist.new_group(backend="gloo") if world > 1 else None for _ in range(2)]
-
-    def stop_requested():
-        if world == 1:
-            return bool(stop_signals)
-        if step % 10:  # ranks must leave at the same step, so they agree, every tenth
-            return False
-        requested = torch.tensor(len(stop_signals))
-        dist.all_reduce(requested, group=stop_group)
-        return requested.item() > 0
-
     # what the run will cost
     micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
     peak_rate = world * matrix_rate(device, precision)
     kept = 5 if ACTIVATION_CHECKPOINTING else 50 if precision == torch.bfloat16 else 80  # measured, a quarter more in I
     activations = kept * micro * len(model.blocks) * model.pos_embed.numel()
     memory = parameters * (20 / shards + precision.itemsize) + activations
-    needed = timedelta(seconds=round(1000 * BATCH_SIZE * flops / (peak_rate / 2)))
+    hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
         f"phase {'I' if aligning else 'II'} from step {step:,}\n"
         f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the "
-        f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {needed}")
+        f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
 
-    def open_all(first, last):
-        return on_device(open_batches(data, first, last, rank, world), device)
-
-    batches = open_all(step, ALIGN_STEPS if aligning else STEPS) if step < STEPS else None
+    # from here on a signal to any process lets all finish the step and save, then ends the program
+    signals = collect_stops()
+    batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
-    logged_step, clock, stopping = step, time.perf_counter(), False
-    saving = None  # the checkpoint that is being written
-
-    while step < STEPS:
+    logged_step, clock, stopped_by, failure = step, time.perf_counter(), 0, None
+    while step < STEPS and not stopped_by:
         # the switch: teacher, projector and images go for good
         if aligning and phase_one_is_over():
-            aligning, teacher, align = False, None, None
-            drop_projector(model, optimizer)
+            aligning, teacher, align, model.projectors = False, None, None, None
+            trained = optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+            for p in optimizer.state.keys() - set(trained):
+                del optimizer.state[p]
             flops = flops_per_image(model, teacher)
             data = PreparedDataset(DATA_DIR, with_images=False)
-            batches = open_all(step, STEPS)
+            batches = open_batches(data, range(step, STEPS), rank, world, device)
             gc.collect()  # a compiled teacher refers to itself
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -524,22 +476,21 @@ def main():
             if world > 1:  # ranks exchange gradients once a step
                 model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
             with autocast():
-                losses = compute_losses(model, teacher, x[part], noise[part], t[part], y[part],
-                                        images[part] if aligning else None, align)
-            denoising, feature, attention = losses
+                denoising, feature, attention = compute_losses(model, teacher, x[part], noise[part], t[part], y[part],
+                                                               images[part] if aligning else None, align)
             loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
             (loss / MICRO_BATCHES).backward()
-            step_losses += torch.stack(losses).detach() / MICRO_BATCHES
+            step_losses += torch.stack([denoising, feature, attention]).detach() / MICRO_BATCHES
         if world > 1:
             dist.all_reduce(step_losses)
             step_losses /= world
 
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP))
+        grad_norm = checkpoint.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP))
         bad = (~torch.isfinite(step_losses.sum() + grad_norm)).float()  # the same on all ranks
         optimizer.found_inf = bad  # 1: the fused step changes nothing, decided on the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(list(ema.values()), list(ema_parameters(model).values()), None)
+        update_ema(list(ema.values()), list(averaged.values()), None)
 
         # meters: sums of 3 losses and the gradient norm over good steps, their count; skipped: in a row, most, in all
         meters[:5] += torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
@@ -562,52 +513,48 @@ def main():
             now = time.perf_counter()
             seconds, logged_step, clock = (now - clock) / (step - logged_step), step, now  # per step
             images_per_s = BATCH_SIZE / seconds
+            mfu = images_per_s * flops / peak_rate
             denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
             row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
-                   seconds * 1000, images_per_s * flops / peak_rate, peak_gib(device))
+                   seconds * 1000, mfu, peak_gib(device))
             if rank == 0:
                 append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
                 track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
             bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
-                                f"{images_per_s:.0f} img/s, {images_per_s * flops / peak_rate:.0%} MFU")
+                                f"{images_per_s:.0f} img/s, {mfu:.0%} MFU")
             if in_a_row >= MAX_SKIPPED:
                 raise FloatingPointError(f"step {step}: the loss was not finite in {int(in_a_row)} steps in a row; the "
                                          f"last checkpoint is untouched: lower LEARNING_RATE or look at {DATA_DIR}")
 
-        stopping, paused = stop_requested(), time.perf_counter()
+        paused = time.perf_counter()
+        if world == 1 or step % 10 == 0:  # ranks must leave at the same step, so they agree, every tenth
+            agreed = torch.tensor(max(signals, default=0))  # on the host, without a wait for the GPU
+            if world > 1:
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            stopped_by = agreed.item()
         if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
-            weights = whole_ema(ema, rank)
-            if rank == 0:
-                sample.save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device,
-                                    PREVIEW_GRID, PREVIEW_STEPS, SEED)
-        if step % CHECKPOINT_EVERY == 0 or step == STEPS or stopping:
-            if saving is not None:
-                saving.exception()  # waits for the one before
-            saving = save_checkpoint(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
-                                     dict(run_state(model, optimizer, ema), meters=meters), whole_ema(ema, rank),
-                                     saving_group, CHECKPOINTS_KEPT, KEEP_EVERY)
-            saving.add_done_callback(lambda future, step=step: future.exception() and log(
-                f"step {step:,}: checkpoint not written ({future.exception()}); the one before stays, the run goes on"))
+            if weights := checkpoint.whole_ema(ema):  # of all ranks, on rank 0
+                save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
+                             PREVIEW_STEPS, SEED)
+        if step % CHECKPOINT_EVERY == 0 or step == STEPS or stopped_by:
+            failure = checkpoint.save(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
+                                      checkpoint.run_state(model, optimizer, ema, meters), ema, CHECKPOINTS_KEPT,
+                                      KEEP_EVERY)
+            if failure:
+                log(f"step {step:,}: checkpoint not written ({failure}); the one before stays, the run goes on")
         clock += time.perf_counter() - paused
-        if stopping:
-            break
 
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if saving is not None and saving.exception():
-        raise OSError(f"step {step}: checkpoint not written ({saving.exception()}); make room in {run} and run the "
-                      f"same command again: it resumes from the checkpoint before")
-    if stopping:
-        log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
-    elif step == STEPS:
-        log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py")
     if world > 1:
         dist.destroy_process_group()
+    if failure:
+        raise OSError(f"step {step}: checkpoint not written ({failure}); make room in {run} and run the same command "
+                      f"again: it resumes from the checkpoint before")
+    if stopped_by:
+        log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
+        sys.exit(exit_status(stopped_by))
+    log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:  # its one line says what, where and the remedy
-        sys.exit(f"train.py: {error}")
+    run_script(main)

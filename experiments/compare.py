@@ -3,7 +3,7 @@
     apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
     PYTHONPATH=. python experiments/compare.py
 
-One row per run, seed and step in RESULTS. Killed, the same command goes on; with other settings, delete OUT first.
+One row per run, seed and step in RESULTS. Stopped or killed, the same command goes on; with other settings, delete OUT.
 draw.py makes figure and tables of the rows.
 """
 
@@ -11,9 +11,9 @@ import csv
 import json
 import os
 import shutil
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import signal
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ def run(name, seed, changes, stop=None):
                 continue
             train.STEPS = step
             train.main()
-            sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"  # absent after Ctrl-C
+            sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
             sample.OUT = folder / f"samples_{step}"
             sample.main()
             row = dict(run=name, seed=seed, step=step, **judge(sample.OUT, folder / f"{step}"))
@@ -109,20 +109,58 @@ def run(name, seed, changes, stop=None):
             row["conflict_step"] = next((at for at, cosine in aligned.items()  # at which TRIGGER "conflict" stops
                                          if cosine and float(cosine) < train.CONFLICT_BELOW), "")
             prepare_latents.write_atomically(result, lambda path: path.write_text(json.dumps(row)))
-    return name, seed
 
 
-def start(constants):
-    """In each process: this file's constants as main() found them, and its share of the cores."""
+def run_in_process(constants, *arguments):
+    """run() in a process of its own, with this file's constants as main() found them and its share of the cores."""
     globals().update(constants)
     torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
+    run(*arguments)
 
 
+def finished(name, seed):
+    """Whether a run has been judged for the last time."""
+    return Path(OUT, name, str(seed), f"{STEPS[-1]}.json").exists()
+
+
+def run_all(constants):
+    """All runs, PROCESSES at a time; one that stops begins when its aligned run is done. A stop lets those that run
+    save, then ends the program."""
+    jobs = [(name, seed, RUNS[name], None) for name in sorted(RUNS, key="aligned".__ne__) for seed in SEEDS]
+    jobs += [(f"stopped at {stop}", seed, RUNS["aligned"] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), stop)
+             for stop in STOPS for seed in SEEDS]
+    jobs, running = [job for job in jobs if not finished(*job[:2])], {}  # running: by the handle that tells a run's end
+    try:
+        while jobs or running:
+            for name, seed, changes, stop in jobs[:]:
+                if len(running) < PROCESSES and (not stop or finished("aligned", seed)):
+                    jobs.remove((name, seed, changes, stop))
+                    process = get_context("spawn").Process(target=run_in_process,
+                                                           args=(constants, name, seed, changes, stop))
+                    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, who pass it on
+                    process.start()
+                    signal.signal(signal.SIGINT, handler)
+                    running[process.sentinel] = process, name, seed
+            for handle in connection.wait(running):
+                process, name, seed = running.pop(handle)
+                process.join()
+                if not finished(name, seed):
+                    raise ValueError(f"{name}, seed {seed}: ended before its last step; {OUT}/{name}/{seed}/output.txt "
+                                     f"says why, and the same command goes on")
+                print(f"{name}, seed {seed}: done", flush=True)
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.join()
+
+
+@prepare_latents.stoppable
 def main():
     # data, and the floor: as many real images as samples, which no run has seen
     Path(OUT).mkdir(parents=True, exist_ok=True)
     if not SOURCE:
-        fashion_mnist_networks.NETWORKS = ()  # the images alone
+        fashion_mnist_networks.NETWORKS = {}  # the images alone
         fashion_mnist_networks.main()
     prepare_latents.IMAGE_SIZE, prepare_latents.VAE, prepare_latents.WORKERS = 28, None, 0
     for source, folder in ((SOURCE, data_dir()), ("data/fashion_mnist_test.png", f"{OUT}/test")):
@@ -131,25 +169,13 @@ def main():
             prepare_latents.main()
     rows = [dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))]
 
-    # all runs, the aligned ones first: those that stop begin where one of these is done. Each process keeps the memory
-    # that a step frees for the next one: to hand it back and ask again took a tenth of a step (glibc's allocator)
+    # all runs. Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
+    # tenth of a step (glibc's allocator)
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    constants = {name: value for name, value in globals().items() if name.isupper()}
-    stopped = {f"stopped at {stop}": stop for stop in STOPS}
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), start, (constants,)) as pool:
-        jobs = {pool.submit(run, name, seed, RUNS[name]) for name in sorted(RUNS, key="aligned".__ne__)
-                for seed in SEEDS}
-        while jobs:
-            finished, jobs = wait(jobs, return_when=FIRST_COMPLETED)
-            for job in finished:
-                name, seed = job.result()
-                print(f"{name}, seed {seed}: done", flush=True)
-                if name == "aligned":
-                    jobs |= {pool.submit(run, other, seed, RUNS[name] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), stop)
-                             for other, stop in stopped.items()}
+    run_all({name: value for name, value in globals().items() if name.isupper()})
 
     # one row per run, seed and step; until its stop a run is the aligned one
-    for name, stop in (dict.fromkeys(RUNS, 0) | stopped).items():
+    for name, stop in (dict.fromkeys(RUNS, 0) | {f"stopped at {stop}": stop for stop in STOPS}).items():
         for seed in SEEDS:
             for step in STEPS:
                 judged = Path(OUT, "aligned" if step <= stop else name, str(seed), f"{step}.json")
@@ -163,4 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    prepare_latents.run_script(main)

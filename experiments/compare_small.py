@@ -9,6 +9,7 @@ from scipy.stats import t as students_t
 
 import compare
 import draw
+from prepare_latents import run_script
 
 COMMIT = False  # True: three seeds, written over the committed table
 
@@ -39,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,7 @@ One row per run, seed and step in late.csv; draw.py makes figure and tables of t
 """
 
 import compare
+from prepare_latents import run_script
 
 STUDENT = dict(depth=4, hidden_size=64, projector_dim=128)
 LAYERS = dict(LAYER_PAIRS=[(1, 2), (2, 3)], ALIGN_DEPTH=3)
@@ -20,4 +21,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,6 +8,7 @@ compare_small.csv holds; what the stopping step does, that and compare.csv say.
 
 import compare
 import draw
+from prepare_latents import run_script
 
 STEP = 500  # at which samples are judged
 RUNS = {
@@ -39,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,7 +5,7 @@
     PYTHONPATH=. python tests/bench.py fid     # precision and recall, features of the FID Inception
 
 The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
-MFU (model.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
+MFU (train.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
 The second measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
@@ -36,9 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import fid
 import prepare_latents
 import train
-from model import build, compile_blocks, drop_projector, ema_parameters, flops_per_image, matrix_rate
-from prepare_latents import AutoencoderKL, Crops, ImageFiles, PreparedDataset, encode
+from model import build
+from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
+from train import flops_per_image, matrix_rate
+from vae import AutoencoderKL
 
 CUDA = torch.cuda.is_available()
 MODEL, ALIGN_DEPTH, LAYER_PAIRS = ("SiT-XL/2", 8, [(4, 8), (5, 9), (6, 10), (7, 11)]) if CUDA else \
@@ -64,14 +66,14 @@ def make_step(kind):
         teacher = Teacher(network, [layer for _, layer in LAYER_PAIRS], model.grid * 14).to(device)
     flops = flops_per_image(model, teacher)
     if COMPILE:
-        compile_blocks(model, dynamic=False)
+        for part in (*model.blocks, model.final_layer, *([] if teacher is None else [teacher])):
+            part.compile(fullgraph=True, dynamic=False)
         align = torch.compile(align, fullgraph=True, dynamic=False)
-        if teacher is not None:
-            teacher.forward = torch.compile(teacher.forward, fullgraph=True, dynamic=False)
-    optimizer = train.make_optimizer(model)
     if kind == "phase II":
-        drop_projector(model, optimizer)
-    ema = {name: p.detach().clone() for name, p in ema_parameters(model).items()}
+        model.projectors = None
+    optimizer = train.make_optimizer(model)
+    averaged = [p for name, p in model.named_parameters() if not name.startswith("projectors.")]
+    ema = [p.detach().clone() for p in averaged]
     update_ema = get_ema_multi_avg_fn(0.9999)
     x, noise = torch.randn(2, BATCH_SIZE, 4, 32, 32, device=device)
     t, y = torch.rand(BATCH_SIZE, device=device), torch.randint(0, 1000, (BATCH_SIZE,), device=device)
@@ -84,7 +86,7 @@ def make_step(kind):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(list(ema.values()), list(ema_parameters(model).values()), None)
+        update_ema(ema, averaged, None)
     return step, flops
 
 
@@ -138,7 +140,7 @@ def loader_rate(folder, with_images, batches):
     """Images/s of train.py's loader with one worker, whose first batches do not count."""
     data = PreparedDataset(folder, with_images)
     train.BATCH_SIZE, train.WORKERS = 256, 1
-    loader = train.open_batches(data, 0, batches + 5, 0, 1)
+    loader = train.open_batches(data, range(batches + 5), 0, 1, torch.device("cpu"))
     for _ in range(5):
         next(loader)
     return train.BATCH_SIZE * batches / timed(lambda: [next(loader) for _ in range(batches)])

@@ -15,8 +15,8 @@ from PIL import Image
 import fid
 import prepare_latents
 import sample
-import teacher
 import train
+import train_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def set_constants(patch, module, **constants):
 @pytest.fixture
 def restored():
     """Puts every script's constants back as they were."""
-    before = [(module, dict(vars(module))) for module in (fid, prepare_latents, sample, teacher, train)]
+    before = [(module, dict(vars(module))) for module in (fid, prepare_latents, sample, train, train_network)]
     yield
     for module, constants in before:
         for name, value in constants.items():
@@ -73,14 +73,27 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory, data_dir):
-    """A small vision transformer, trained for one epoch by teacher.main()."""
+    """A small vision transformer, trained for one epoch by train_network.main()."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        set_constants(patch, teacher, DATA_DIR=str(data_dir), TEST_DIR=str(data_dir), OUT=str(path), EPOCHS=1,
+        set_constants(patch, train_network, DATA_DIR=str(data_dir), TEST_DIR=str(data_dir), OUT=str(path), EPOCHS=1,
                       BATCH_SIZE=20, ARCHITECTURE="vit_tiny_patch16_224",
                       ARCHITECTURE_SETTINGS=dict(img_size=28, patch_size=4, embed_dim=32, depth=4, num_heads=2))
-        teacher.main()
+        train_network.main()
     return path
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A small VAE with random weights, written by diffusers itself."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    theirs = diffusers.AutoencoderKL(block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=1,
+                                     down_block_types=["DownEncoderBlock2D"] * 3,
+                                     up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.25)
+    theirs.save_pretrained(folder)
+    return folder, theirs
 
 
 @pytest.fixture

@@ -1,21 +1,19 @@
 """experiments/: the comparison in short, and what draw.py makes of its rows."""
 
 import csv
-import sys
 
 import pytest
 from conftest import ROOT, set_constants
 from PIL import Image
 from safetensors.torch import load_file
 
+import compare
+import compare_small
+import draw
+import late
 import model
 import train
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import compare  # noqa: E402
-import compare_small  # noqa: E402
-import draw  # noqa: E402
-import late  # noqa: E402
 
 
 def test_compare_in_short(restored, monkeypatch, tmp_path):
@@ -96,12 +94,24 @@ def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
 
 
 @pytest.mark.parametrize("results", sorted((ROOT / "experiments").glob("*.csv")), ids=lambda path: path.stem)
-def test_readme_shows_the_committed_rows(results, capsys):
+def test_the_readme_here_shows_the_committed_rows(results, capsys):
     runs, floor = draw.read(results)
     assert all(len(seeds) >= 3 for seeds in runs.values())
     draw.table(runs, floor)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "experiments/README.md").read_text()
     assert [line for line in capsys.readouterr().out.splitlines() if line not in readme] == []
+
+
+def test_the_landing_page_shows_the_committed_means():
+    larger, floor = draw.read(ROOT / "experiments/compare.csv")
+    smaller, _ = draw.read(ROOT / "experiments/late.csv")
+    readme = (ROOT / "README.md").read_text()
+    for run, name in (("plain", "plain SiT"), ("features", "features alone (REPA)"), ("attention", "attention alone"),
+                      ("aligned", "both, to the end"), (draw.HASTE, "both, stopped at 2,000 (HASTE)")):
+        cells = [f"{draw.values(larger, run, step).mean():.2f}" for step in (1000, 3000)]
+        cells.append(f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else "")
+        assert " ".join(f"| {name} | {' | '.join(cells)} |".split()) in readme, name
+    assert f"| real images | | {float(floor['distance']):.2f} |" in readme
 
 
 def test_reduced_form_says_what_lies_outside_the_committed_table(capsys):

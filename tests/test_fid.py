@@ -468,10 +468,7 @@ import json, sys
 import fid
 for name, value in json.loads(sys.argv[1]).items():
     setattr(fid, name, value)
-try:
-    fid.main()
-except ValueError as error:
-    sys.exit(f"fid.py: {error}")
+fid.run_script(fid.main)
 """
 
 
@@ -515,7 +512,7 @@ def test_an_image_that_one_process_cannot_read_ends_all(configure, teacher_file,
     bad.write_bytes(bad.read_bytes()[:60])
     fid.SAMPLES, started = str(tmp_path / "folder"), time.time()
     done = launch(2)
-    assert done.returncode != 0 and f"fid.py: {bad}: cannot be read as an image" in done.stderr
+    assert done.returncode != 0 and f"launched.py: {bad}: cannot be read as an image" in done.stderr
     assert time.time() - started < 100 and not Path(fid.OUT).exists()
 
 

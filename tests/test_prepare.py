@@ -1,4 +1,4 @@
-"""The SD-VAE's numbers, the crop, preparing trees and sheets, and what PreparedDataset refuses."""
+"""The crop, preparing trees and sheets, and what PreparedDataset refuses."""
 
 import gzip
 import io
@@ -22,81 +22,11 @@ import torch
 from bench import write_prepared
 from conftest import ROOT, set_constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import prepare_latents
 import train
-from prepare_latents import AutoencoderKL, PreparedDataset, center_crop, load_vae
-
-
-def test_vae_equals_the_reference(golden):
-    z, state, meta = golden("sd_vae")
-    vae = AutoencoderKL(**meta["config"])
-    vae.load_state_dict(state)
-    tolerance = dict(rtol=meta["rtol"], atol=meta["atol"])
-    with torch.no_grad():
-        mean, std = vae.encode(z["x"])
-        torch.testing.assert_close(mean, z["mean"], **tolerance)
-        torch.testing.assert_close(std, z["std"], **tolerance)
-        torch.testing.assert_close(vae.decode(z["z"]), z["decoded"], **tolerance)
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    """A small VAE with random weights, written by diffusers itself."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    theirs = diffusers.AutoencoderKL(block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=1,
-                                     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-                                     scaling_factor=0.25)
-    theirs.save_pretrained(folder)
-    return folder, theirs
-
-
-def test_vae_equals_diffusers_on_random_weights(vae_folder):
-    folder, theirs = vae_folder
-    ours, scale = load_vae(folder)
-    assert scale == 0.25
-    x = torch.rand(2, 3, 32, 48) * 2 - 1
-    with torch.no_grad():
-        posterior, (mean, std) = theirs.encode(x).latent_dist, ours.encode(x)
-        torch.testing.assert_close(mean, posterior.mean, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(std, posterior.std, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(ours.decode(mean), theirs.decode(mean).sample, rtol=1e-3, atol=1e-4)
-
-
-def test_default_vae_has_the_keys_and_shapes_of_diffusers():
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        ours = AutoencoderKL().state_dict()
-        theirs = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                                         down_block_types=["DownEncoderBlock2D"] * 4,
-                                         up_block_types=["UpDecoderBlock2D"] * 4).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-
-
-def test_oldest_attention_names_load(vae_folder, tmp_path):
-    folder, _ = vae_folder
-    state = load_file(folder / "diffusion_pytorch_model.safetensors")
-    old = {}
-    for key, value in state.items():
-        for new, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-            key = key.replace(f".{new}.", f".{name}.")
-        old[key] = value
-    assert old.keys() != state.keys()
-    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    ours, _ = load_vae(tmp_path)
-    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
-
-
-def test_vae_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(ValueError, match="VAE 'stabilityai/sd-vae-ft-mse' is no local file or folder and could not be"):
-        load_vae("stabilityai/sd-vae-ft-mse")
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="not the weights of a diffusers AutoencoderKL"):
-        load_vae(tmp_path)
+from prepare_latents import PreparedDataset, center_crop
+from vae import load_vae
 
 
 def adm_center_crop(image, size):
@@ -458,6 +388,18 @@ def test_other_source_or_setting_than_the_half_made_folders_is_refused(tree, pre
     broken.unlink()
     with pytest.raises(ValueError, match=r"begun with other settings \(images 5, now 4; names_checksum \d+, now \d+\)"):
         prepare(SOURCE=str(tree))
+
+
+def test_a_folder_prepared_with_the_other_decoder_stays_valid(tree, prepare, vae_folder, tmp_path, capsys):
+    """sd-vae-ft-mse and sd-vae-ft-ema have the same encoder."""
+    for name in ("sd-vae-ft-mse", "sd-vae-ft-ema"):
+        shutil.copytree(vae_folder[0], tmp_path / name)
+    prepare(SOURCE=str(tree), VAE=str(tmp_path / "sd-vae-ft-mse"))
+    made = (tmp_path / "out/meta.json").read_bytes()
+    prepare(SOURCE=str(tree), VAE=str(tmp_path / "sd-vae-ft-ema"))
+    assert "already finished" in capsys.readouterr().out and (tmp_path / "out/meta.json").read_bytes() == made
+    with pytest.raises(ValueError, match="finished with other settings"):
+        prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
 
 
 def test_full_disk_is_refused_before_work_starts(tree, prepare, monkeypatch):

@@ -1,0 +1,170 @@
+"""What a run leaves on disk, and how it, or a published checkpoint, is read back.
+
+    RUN_DIR/checkpoints/step_N/   weights, optimiser and EMA in shards, as torch.distributed.checkpoint writes them;
+                                  progress.json; ema.safetensors, the whole EMA with the run's settings in its header
+    RUN_DIR/ema.safetensors       the latest of these
+
+A checkpoint's folder bears its name once all is in it; until then it is called step_N.tmp.
+"""
+
+import json
+import os
+import pickle
+import re
+import reprlib
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from model import MODELS, SiT
+
+warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
+
+
+# ----- a run's checkpoints --------------------------------------------------------------------------------------------
+def finished(run):
+    """Folders of whole checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def run_state(model, optimizer, ema, meters):
+    """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
+               for key, value in optimizer.state[p].items()}
+    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}, "meters": meters}
+
+
+def whole(tensor):
+    """The tensor itself, or put together from its shards; every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_ema(ema):
+    """A copy of the EMA in rank 0's host memory; {} elsewhere. Every process takes part."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    averages = ((name, whole(average)) for name, average in ema.items())
+    return {name: average.to("cpu", copy=True) for name, average in averages if rank == 0}
+
+
+def save(run, settings, progress, state, ema, keep_last, keep_every):
+    """Writes checkpoints/step_N, N = progress["step"], then removes old ones. Every process takes part.
+
+    state: run_state(). keep_last: so many checkpoints stay; keep_every: and those of its multiples for good; 0: none.
+    Returns None, or why writing failed: what stood before stands, and the run may go on.
+    """
+    folder = run / "checkpoints" / f"step_{progress['step']:07d}"
+    unfinished, ema = folder.with_suffix(".tmp"), whole_ema(ema)
+    try:
+        dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+        if ema:  # rank 0
+            save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
+            (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
+            os.replace(unfinished, folder)
+            for old in finished(run)[:-keep_last]:
+                if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+                    shutil.rmtree(old)
+            latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
+            os.replace(latest, run / "ema.safetensors")
+    except (OSError, CheckpointException, SafetensorError) as error:
+        if ema:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return str(error).strip().splitlines()[-1]
+
+
+def find(run, settings, frozen):
+    """(folder, progress) of the newest checkpoint; (None, the progress of step 0) where the run is new.
+
+    Raises ValueError if it is damaged, or was made with another value of a setting in `frozen` or of the data.
+    """
+    if not (found := finished(run)):
+        return None, dict(step=0, aligning=True, cosine=None)
+    try:
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        saved = progress.pop("settings")
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(found[-1], error) from error
+    differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
+                 if saved.get(key) != settings[key]]
+    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
+                  for key, value in saved["data"].items() if value != settings["data"][key]]
+    if differing:
+        raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
+                         f"or choose another RUN_DIR")
+    return found[-1], progress
+
+
+def load(folder, state):
+    """Reads a checkpoint into run_state()'s tensors, whatever number of processes wrote it. Raises ValueError if it is
+    damaged."""
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
+        raise damaged(folder, error) from error
+
+
+def damaged(folder, error):
+    """The ValueError for a checkpoint that cannot be read."""
+    return ValueError(f"{folder}: damaged checkpoint ({type(error).__name__}: {str(error).strip().splitlines()[-1]}); "
+                      f"delete it to resume from the one before, if there is one")
+
+
+# ----- models to sample from: ours and published ones -----------------------------------------------------------------
+def published_settings(state):
+    """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
+    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    heads = {(m["hidden_size"], m["depth"]): m["num_heads"] for m in MODELS.values()}[hidden, depth]
+    sit = dict(input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch, patch_size=patch, in_channels=channels,
+               hidden_size=hidden, depth=depth, num_heads=heads, qk_norm="blocks.0.attn.q_norm.weight" in state,
+               num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1,
+               learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels)
+    # the first release's time runs the other way, from noise to data
+    return dict(sit=sit, PATH="linear", time_from_noise=sit["learn_sigma"],
+                data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
+
+
+def load_model(path):
+    """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
+
+    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
+    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file
+    is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
+    unexpected, settings = [], None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get("settings", "null"))
+                state = {key: file.get_tensor(key) for key in file.keys()}
+        else:
+            # their training arguments' class is let in by its name, for which this empty one stands
+            namespace = type("Namespace", (), dict(__module__="argparse"))
+            with torch.serialization.safe_globals([namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = state.get("ema", state)
+        # REPA's first files number the blocks after the projector's anew
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value
+                 for key, value in state.items() if not key.startswith("projectors.")}
+        unexpected = sorted(state)
+        settings = settings or published_settings(state)
+        model = SiT(**{**settings["sit"], "teacher_dim": None})
+        unexpected = sorted(state.keys() - model.state_dict().keys())
+        model.load_state_dict(state)
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
+            AttributeError) as error:
+        reason = f"unexpected keys {', '.join(map(str, unexpected[:3]))}" if unexpected else str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({reason}); copy or train it again") from error
+    return model.eval().requires_grad_(False), settings
