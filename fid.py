@@ -478,7 +478,8 @@ def measure_reference(images, kept, features, network, device, rank, world):
 
 @stoppable
 def main():
-    # what to compare
+    # processes, and what to compare
+    rank, world, device = start_processes()
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
     stored = reference.stored if FEATURES == "inception" else {}
@@ -489,8 +490,7 @@ def main():
         raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
     Path(OUT).parent.mkdir(parents=True, exist_ok=True)
 
-    # processes, device, network
-    rank, world, device = start_processes()
+    # network
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
     torch.backends.cudnn.allow_tf32 = False

@@ -13,6 +13,7 @@ without it is unfinished, and the same command goes on where it stopped.
 """
 
 import io
+import itertools
 import json
 import math
 import os
@@ -71,6 +72,9 @@ REMEDY = "delete the folder and run prepare_latents.py again"  # for a finished 
 # what every script shares: processes, how it ends, files that are whole or absent
 
 
+joined = itertools.count()  # how often processes were joined here
+
+
 def start_processes(nccl=False):
     """(rank, number of processes, device) of this process. Those that torchrun started are joined: for tensors on the
     CPU by gloo, and if `nccl` for those on GPUs too."""
@@ -80,9 +84,10 @@ def start_processes(nccl=False):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # torchrun restarts one node's processes with the store of the attempt before, whose addresses are dead
+        # their store still has the addresses of another main() before, and torchrun restarts one node's processes with
+        # the store of the attempt before
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}, {next(joined)}"
         store, _, _ = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl and device.type == "cuda" else "gloo", rank=rank,
                                 world_size=world, store=dist.PrefixStore(attempt, store),

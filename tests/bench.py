@@ -3,6 +3,7 @@
     PYTHONPATH=. python tests/bench.py train   # steps of plain SiT, phase I and phase II
     PYTHONPATH=. python tests/bench.py data    # preparing and loading images
     PYTHONPATH=. python tests/bench.py fid     # precision and recall, features of the FID Inception
+    PYTHONPATH=. python tests/bench.py checkpoint     # how long training waits for one; also under torchrun
 
 The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
 MFU (train.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
@@ -14,12 +15,15 @@ VAE's encoder (random weights).
 
 The third measures precision and recall of 50,000 against 10,000 images in 2,048 random features, with the process's
 peak memory, and the Inception in turn with pytorch-fid's of the same random weights.
+
+The fourth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
 """
 
 import io
 import json
 import multiprocessing
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,6 +37,7 @@ from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import fid
 import prepare_latents
 import train
@@ -266,5 +271,26 @@ def bench_fid():
           f"{statistics.median(a / b for a, b in pairs):.2f} times pytorch-fid's rate")
 
 
+def bench_checkpoint():
+    rank, world, device = prepare_latents.start_processes(nccl=True)
+    for name in ("SiT-B/2", "SiT-XL/2"):
+        model = build(name, teacher_dim=None).to(device)
+        if world > 1:
+            train.shard(model, device, world, world, torch.float32)
+        optimizer = train.make_optimizer(model)
+        ema = {key: p.detach().clone() for key, p in model.named_parameters()}
+        state = checkpoint.run_state(model, optimizer, ema, torch.zeros(8, device=device))
+        folders = [tempfile.mkdtemp() if rank == 0 else None]
+        if world > 1:
+            torch.distributed.broadcast_object_list(folders)
+        run, seconds = Path(folders[0]), []
+        for step in (1, 2, 3):
+            seconds.append(timed(lambda: checkpoint.save(run, {}, dict(step=step), state, ema, 1, 0)))
+        if rank == 0:
+            size = sum(file.stat().st_size for file in (run / "checkpoints/step_0000003").iterdir())
+            print(f"{name}, {world} processes: {size / 1e9:.1f} GB in {', '.join(f'{each:.1f}' for each in seconds)} s")
+            shutil.rmtree(run)
+
+
 if __name__ == "__main__":
-    {"data": bench_data, "fid": bench_fid}.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()
+    {"data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()

@@ -471,6 +471,23 @@ def test_a_run_folder_that_not_all_nodes_see_is_refused(run_process, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_script_prepares_trains_and_draws_in_two_processes(run_process, tmp_path, data_dir):
+    """README's own images, under torchrun: every main() joins the processes anew."""
+    before = f"""
+import prepare_latents as p, sample
+p.SOURCE, p.DATA_DIR, p.IMAGE_SIZE, p.VAE, p.WORKERS = {str(data_dir.parent / "sheet.png")!r}, train.DATA_DIR, 28, None, 0
+p.main()
+"""
+    after = """
+sample.RUN_DIR, sample.OUT, sample.NUM_SAMPLES, sample.STEPS = train.RUN_DIR, train.RUN_DIR + "/samples", 9, 2
+sample.main()
+"""
+    ended = run_process(tmp_path / "run", processes=2, extra=before, after=after, DATA_DIR=str(tmp_path / "data"))
+    assert ended.returncode == 0, ended.stderr
+    assert np.load(tmp_path / "run/samples/samples.npz")["arr_0"].shape == (9, 28, 28, 3)
+
+
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(run_process, tmp_path):
     constants = dict(processes=2, STEPS=60, ALIGN_STEPS=30, WORKERS=1, LOG_EVERY=5)
     assert run_process(tmp_path / "whole", **constants).returncode == 0
