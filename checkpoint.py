@@ -13,9 +13,12 @@ import pickle
 import re
 import reprlib
 import shutil
+import sys
 import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -30,6 +33,16 @@ warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkp
 
 
 # ----- a run's checkpoints --------------------------------------------------------------------------------------------
+def describe(constants, data, sit):
+    """A run's settings: every constant of its script, the model's arguments, the data set, versions."""
+    constants = {name: value for name, value in constants.items()
+                 if name.isupper() and name not in ("F", "MODELS", "FROZEN", "COLUMNS")}
+    described = {key: data.meta[key] for key in ("source", "count", "image_size", "latent_shape", "vae", "classes")}
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    # through JSON and back, so that it compares equal to what was read from a file
+    return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
+
+
 def finished(run):
     """Folders of whole checkpoints, oldest first."""
     return sorted((run / "checkpoints").glob("step_*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step_")))
@@ -58,7 +71,7 @@ def whole_ema(ema):
 def save(run, settings, progress, state, ema, keep_last, keep_every):
     """Writes checkpoints/step_N, N = progress["step"], then removes old ones. Every process takes part.
 
-    state: run_state(). keep_last: so many checkpoints stay; keep_every: and those of its multiples for good; 0: none.
+    state: run_state(). keep_last: so many checkpoints stay, one at least; keep_every: its multiples for good, 0: none.
     Returns None, or why writing failed: what stood before stands, and the run may go on.
     """
     folder = run / "checkpoints" / f"step_{progress['step']:07d}"
@@ -69,7 +82,7 @@ def save(run, settings, progress, state, ema, keep_last, keep_every):
             save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
             (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
             os.replace(unfinished, folder)
-            for old in finished(run)[:-keep_last]:
+            for old in finished(run)[: -max(keep_last, 1)]:
                 if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
                     shutil.rmtree(old)
             latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
@@ -93,7 +106,8 @@ def find(run, settings, frozen):
     except (OSError, ValueError, KeyError) as error:
         raise damaged(found[-1], error) from error
     differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
-                 if saved.get(key) != settings[key]]
+                 if saved.get(key) != settings[key]
+                 and not (key == "TEACHER" and os.path.realpath(saved[key]) == os.path.realpath(settings[key]))]
     differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
                   for key, value in saved["data"].items() if value != settings["data"][key]]
     if differing:
@@ -136,12 +150,14 @@ def load_model(path):
     """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
     Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
-    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. Raises ValueError where the file
-    is missing, damaged or of another kind.
+    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors.
+    Raises ValueError where the file is missing, damaged or of another kind.
     """
-    path = Path(path)
+    path = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
+    if path.name.startswith("DiT"):  # its weights have SiT's names and shapes
+        raise ValueError(f"{path}: DiT predicts noise, not a velocity; set CHECKPOINT to a SiT's")
     unexpected, settings = [], None
     try:
         if path.suffix == ".safetensors":
@@ -152,8 +168,9 @@ def load_model(path):
             # their training arguments' class is let in by its name, for which this empty one stands
             namespace = type("Namespace", (), dict(__module__="argparse"))
             with torch.serialization.safe_globals([namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             state = state.get("ema", state)
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
         # REPA's first files number the blocks after the projector's anew
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value
@@ -165,6 +182,9 @@ def load_model(path):
         model.load_state_dict(state)
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
             AttributeError) as error:
-        reason = f"unexpected keys {', '.join(map(str, unexpected[:3]))}" if unexpected else str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({reason}); copy or train it again") from error
+        if unexpected:
+            raise ValueError(f"{path}: not a SiT checkpoint (unexpected keys {', '.join(map(str, unexpected[:3]))}); set "
+                             f"CHECKPOINT to one of SiT, REPA, HASTE or of a run") from error
+        raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or set "
+                         f"CHECKPOINT to another") from error
     return model.eval().requires_grad_(False), settings

@@ -28,12 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.special import xlogy
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import teacher
-from prepare_latents import (PreparedDataset, leave_process_group, list_folder, new_batch, run_script, start_processes,
-                             stoppable, to_rgb, write_atomically)
+from prepare_latents import (check_constants, check_writable, ends_in_one_line, image_names, list_folder, new_batch,
+                             open_loader, PreparedDataset, read_image, run_script, start_processes, write_atomically)
 
 # what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by prepare_latents.py,
 # or the folder of a run or of its samples, where samples.npz is taken
@@ -69,9 +68,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(probs, splits=10):
-    """(mean, std) over `splits` equal parts of exp(mean KL(p(y|x) || p(y))); probs [N, classes], in their order."""
-    scores = []
-    for part in np.array_split(np.asarray(probs, np.float64), splits):
+    """(mean, std) over `splits` equal parts of exp(mean KL(p(y|x) || p(y))); probs [N, classes].
+
+    Parts of 1,000 or more, as ADM's, are made in a random order, always the same: sorted by class, as folders of classes
+    are, each part would hold few classes. Smaller ones stay in order."""
+    scores, probs = [], np.asarray(probs)
+    if len(probs) >= 1000 * splits:
+        probs = probs[np.random.default_rng(0).permutation(len(probs))]
+    for part in np.array_split(probs, splits):
+        part = part.astype(np.float64)
         divergence = xlogy(part, part) - xlogy(part, part.mean(axis=0))  # 0 log 0 is 0
         scores.append(np.exp(divergence.sum(axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -337,22 +342,17 @@ class ImageFolder:
     uint8 [B, 3, H, W]. Raises ValueError for an image that differs in size or cannot be read."""
 
     def __init__(self, root):
-        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        self.size, self.files = None, [Path(root, name) for name in sorted(name for name, *_ in list_folder(root))
-                                       if Path(name).suffix.lower() in suffixes and Path(name).name[0] != "."]
+        self.size, self.files = None, [Path(root, name) for name in image_names(list_folder(root))]
         for file in self.files:  # headers alone: 40,000 a second
-            width, height = self.read(file, lambda image: image.size)
-            self.size = self.size or (height, width)
-            if (height, width) != self.size:
-                raise ValueError(f"{file}: {width} x {height} pixels, but {self.files[0]} has {self.size[1]} x "
+            try:
+                with Image.open(file) as image:
+                    size = image.size[::-1]
+            except Exception as error:  # see prepare_latents.read_image
+                raise ValueError(f"{file}: cannot be read as an image ({error}); replace it or take it out") from error
+            self.size = self.size or size
+            if size != self.size:
+                raise ValueError(f"{file}: {size[1]} x {size[0]} pixels, but {self.files[0]} has {self.size[1]} x "
                                  f"{self.size[0]}; give all images one size")
-
-    def read(self, file, use):
-        try:
-            with Image.open(file) as image:
-                return use(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file}: cannot be read as an image ({error}); replace it or take it out") from error
 
     def __len__(self):
         return len(self.files)
@@ -360,7 +360,11 @@ class ImageFolder:
     def __getitem__(self, rows):
         batch = new_batch(len(rows), *self.size, 3)
         for pixels, row in zip(batch.numpy(), rows):
-            self.read(self.files[row], lambda image: np.copyto(pixels, to_rgb(image)))
+            try:
+                pixels[:] = read_image(self.files[row].read_bytes())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.files[row]}: cannot be read as an image ({error}); replace it or take it out") \
+                    from error
         return (batch.permute(0, 3, 1, 2),)
 
 
@@ -381,13 +385,8 @@ def open_images(path, constant):
 
         def batches(rank, world):
             mine = [np.array(rows) for rows in split(len(data), world)[rank::world]]
-            loader = DataLoader(data, sampler=mine, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
-                                worker_init_fn=leave_process_group)
-            try:
-                for rows, batch in zip(mine, loader):
-                    yield int(rows[0]), batch[-1]
-            except ValueError as error:  # from a loader's process our sentence comes as a traceback's last line
-                raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+            for rows, batch in zip(mine, open_loader(data, mine, WORKERS, torch.device("cpu"))):
+                yield int(rows[0]), batch[-1]
         images = ImageSet(path, len(data), size, {}, batches)
     if images.count < 4 and images.batches is not None:
         raise ValueError(f"{images.path}: {images.count} images, but precision and recall need 4; set {constant} to a "
@@ -444,7 +443,7 @@ def measure_reference(images, kept, features, network, device, rank, world):
     path = Path(os.path.abspath(images.path))
     cache = path.with_name(f"{path.name}.{Path(FEATURES).name}-{network['weights_sha256'][:8]}-"
                            f"{network['features_size']}-{kept}.npz")
-    names = sorted(name for name, *_ in list_folder(path)) if path.is_dir() else [""]
+    names = sorted(list_folder(path)) if path.is_dir() else [""]
     states = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in names]
     made_of = json.dumps(dict(network, format=1, kept=kept, images=images.count, features=Path(FEATURES).name,
                               files=hashlib.sha256(json.dumps(states).encode()).hexdigest()))
@@ -476,10 +475,14 @@ def measure_reference(images, kept, features, network, device, rank, world):
     return real, cache
 
 
-@stoppable
+@ends_in_one_line
 def main():
     # processes, and what to compare
     rank, world, device = start_processes()
+    check_constants(globals(), {
+        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS", "whole number from 1": "BATCH_SIZE "
+        "DISTANCES", "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1 or None": "FEATURES_SIZE"})
+    check_writable(OUT)
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
     stored = reference.stored if FEATURES == "inception" else {}
@@ -488,7 +491,6 @@ def main():
                          f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
     if reference.count and kept < 4:
         raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
-    Path(OUT).parent.mkdir(parents=True, exist_ok=True)
 
     # network
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -534,9 +536,7 @@ def main():
     if reference.count:
         metrics["precision"], metrics["recall"] = precision_recall(real["features"], fake["features"])
 
-    # file and table
-    result = json.loads(json.dumps(dict(label=label, **metrics, **how), default=str))
-    write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))
+    # table and file
     for images, measured in ((samples, True), (reference, not {"mu", "sigma"} <= stored.keys())):
         if measured and images.count <= len(real["mu"]):
             print(f"warning: {images.count:,} images in {images.path} for {len(real['mu']):,} features: their "
@@ -549,6 +549,8 @@ def main():
     else:
         print(f"  {reference.path}: statistics alone, so no precision and recall")
     print("".join(f"{name:>18}" for name in metrics) + "\n" + "".join(f"{value:>18.4f}" for value in metrics.values()))
+    result = json.loads(json.dumps(dict(label=label, **metrics, **how), default=str))
+    write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))
     return result
 
 

@@ -16,9 +16,15 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import numbers
 import os
+import platform
+import posixpath
+import re
 import shutil
 import signal
+import stat
 import struct
 import sys
 import tarfile
@@ -33,14 +39,15 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
-from vae import SCALE, load_vae
+from vae import SCALE, AutoencoderKL, load_vae  # noqa: F401 - the VAE stood here once
 
 # source
 SOURCE = "data/imagenet/train"  # what to prepare: see above
@@ -65,6 +72,7 @@ CHECK_IMAGES = 256  # images that are encoded again
 CHECK_TOLERANCE = 0.02  # root mean square of the difference from their latents, by that of the latents
 
 FORMAT = 1  # of the prepared folder
+Image.MAX_IMAGE_PIXELS = None  # the user's own: a large one is no attack
 REMEDY = "delete the folder and run prepare_latents.py again"  # for a finished folder that is damaged
 
 
@@ -103,25 +111,47 @@ def exit_status(number):
     return 130 if number == signal.SIGINT else 0
 
 
-def stoppable(main):
-    """A script's main(), in which Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with
-    one line. A second one ends it at once."""
+def ends_in_one_line(main):
+    """A script's main(). Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with one line; a
+    second one at once. What libraries raise and the user can mend becomes an OSError with a remedy."""
     def stop(number, _):
         signal.signal(number, signal.SIG_DFL)
         print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
         sys.exit(exit_status(number))
 
     @wraps(main)
-    def until_stopped():
-        if threading.current_thread() is not threading.main_thread():  # signals are another thread's
-            return main()
-        handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    def until_its_end():
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a loader's process that runs the script
+            sys.exit("this system's loader processes run the script again: put its last lines under "
+                     "if __name__ == '__main__':, or set WORKERS = 0")
+        here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
+        handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS if here}
         try:
             return main()
+        except (ValueError, OSError, RuntimeError) as error:
+            if (mendable := in_one_line(error)) is None:
+                raise
+            raise mendable from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return until_stopped
+    return until_its_end
+
+
+def in_one_line(error):
+    """The error that says what the user can do about a library's, or None."""
+    lines = str(error).strip().splitlines() or [""]
+    if "Caught " in lines[0] and "DataLoader worker process" in lines[0]:  # ours, from a loader's process
+        return type(error)(lines[-1].removeprefix(f"{type(error).__name__}: "))
+    for sign, remedy in (("OutOfMemoryError", "the GPU's memory is full; set a smaller BATCH_SIZE, in training a larger "
+                                              "MICRO_BATCHES"),
+                         ("DataLoader worker", "a loader's process was ended, for lack of memory or of room in /dev/shm; "
+                                               "set fewer WORKERS, or 0"),
+                         ("shared memory", "no room in /dev/shm for what loaders send; enlarge it, or set WORKERS = 0"),
+                         ("ompiler", "torch.compile found no working C++ compiler; install one, or set COMPILE = False")):
+        if sign in f"{type(error).__name__}: {error}" and not isinstance(error, ValueError):
+            return OSError(f"{remedy} ({lines[0][:200]})")
+    return None
 
 
 def collect_stops():
@@ -147,6 +177,15 @@ def run_script(main):
                  + ("; what is done is kept, the same command goes on" if of_the_system else ""))
 
 
+def open_loader(dataset, batches, workers, device):
+    """Iterator over dataset[indices] of the batches of indices, read ahead by so many processes."""
+    workers = min(workers, os.cpu_count())
+    forked = workers and sys.platform == "linux"  # whatever Python's default: a script needs no __main__ guard then
+    return iter(DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
+                           multiprocessing_context="fork" if forked else None, worker_init_fn=leave_process_group,
+                           pin_memory=device.type == "cuda"))
+
+
 def leave_process_group(_):
     """For loaders' processes: a signal to the whole group (Ctrl-C, torchrun's SIGTERM) is for their parent, which ends
     them when it has saved its work."""
@@ -157,12 +196,76 @@ def leave_process_group(_):
         os.setpgrp()
 
 
+def check_constants(constants, rules, **choices):
+    """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices. Rules
+    are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]".
+
+    Whole floats become ints, None becomes 0 where that is allowed, ~ is expanded. Raises ValueError that names the
+    constant, its value and what is allowed.
+    """
+    for name, rule in (*choices.items(), *((name, rule) for rule, names in rules.items() for name in names.split())):
+        value = constants[name]
+        if not isinstance(rule, str):
+            if not any(value == choice for choice in rule):
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(str, rule))}")
+            continue
+        if value is None and rule.endswith("or None"):
+            continue
+        if found := re.match(r"(two )?(whole )?number(s)? (from|above) (\S+)(?: to (\S+))?", rule):
+            two, whole, many, bound, low, high = found.groups()
+            listed = list(value) if many and isinstance(value, (tuple, list)) else [value]
+            listed = [0 if each is None and whole and low == "0" else each for each in listed]
+            good = all(isinstance(each, numbers.Real) and not isinstance(each, bool)
+                       and float(low) <= each <= float(high or 1e300) and (bound == "from" or each > float(low))
+                       and (not whole or each % 1 == 0) for each in listed) and len(listed) == (2 if two else len(listed) or 1)
+            if good:
+                value = tuple(int(each) if whole else each for each in listed)
+                value = value if many else value[0]
+        elif rule == "True or False":
+            good = isinstance(value, bool)
+        else:  # a path, or a name
+            good = isinstance(value, (str, os.PathLike)) and str(value)
+            value = os.path.expanduser(value) if good else value
+        if not good:
+            raise ValueError(f"{name} = {value!r}; allowed: {rule}")
+        constants[name] = value
+
+
+def check_writable(path):
+    """Raises now what writing the file after hours of work would raise."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; set OUT to a file's path")
+    with open(f"{path}.tmp", "wb"):
+        os.remove(f"{path}.tmp")
+
+
+def lock_folder(folder, constant):
+    """Claims a folder: until the file that it returns is closed, at the latest when the process ends, others are refused
+    with a ValueError. Systems and disks without such locks are taken as they are."""
+    file = open(folder / "lock", "a+")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise ValueError(f"{folder}: {file.read() or 'another process'} is at work here; wait for its end, or choose "
+                         f"another {constant}") from error
+    except (ImportError, OSError):  # Windows, or a network disk
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 def write_atomically(path, write):
-    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent. What a
+    killed process leaves, the next one writes over."""
+    temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -179,123 +282,270 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height > 2**28:  # of an extreme shape: its middle alone, not a gigabyte
+        x, y = image.width / width, image.height / height
+        return image.resize((size, size), Image.BICUBIC, (left * x, top * y, (left + size) * x, (top + size) * y))
+    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+
+
+SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # folders
 
 
 def list_folder(root):
-    """(path relative to root, 0, 0, False) of every file below root; links are followed."""
-    for folder, _, files in os.walk(root, followlinks=True):
-        for name in files:
-            yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"), 0, 0, False
+    """Path relative to root of every file below it. Links are followed, but for those to a folder they lie in."""
+    def walk(folder, prefix, above):
+        real = os.path.realpath(folder)
+        if real not in above:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        yield from walk(entry.path, f"{prefix}{entry.name}/", above | {real})
+                    else:
+                        yield prefix + entry.name
+    return walk(root, "", frozenset())
+
+
+def is_hidden(name):
+    return any(part.startswith(".") or part in SYSTEM for part in name.split("/"))
+
+
+def image_names(names):
+    """Those of the names that are of images, by suffix, and neither hidden nor in a system's folder; in order."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted((name for name in names if os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name)),
+                  key=lambda name: name.split("/"))
+
+
+def follow_links(places, links):
+    """{name: place} of an archive, with its links {name: target}: to a file, or to a folder and all below it."""
+    for name, target in links.items():
+        for _ in links:  # a link to a link
+            target = links.get(target, target)
+        if target in places:
+            places[name] = places[target]
+        elif target != "." and not name.startswith(f"{target}/"):
+            below = [each for each in places if each.startswith(f"{target}/")]
+            places.update({name + each[len(target):]: places[each] for each in below} or {name: (0, -1, False)})
+    return places
 
 
 def list_tar(file):
-    """(name, first byte, bytes, False) of every file in a tar; a tar inside it counts as a folder of its own name."""
+    """{name: (first byte, bytes, False)} of every file in a tar, folders' names ending with /. A tar inside it counts as
+    a folder of its own name; of several files of one name the last counts, as in unpacking."""
+    places, links = {}, {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # tarfile would keep a kilobyte for each
-            if not member.isreg():
-                continue
-            if member.name.endswith(".tar"):
-                for name, start, size, _ in list_tar(tar.extractfile(member)):
-                    yield f"{member.name[:-4]}/{name}", member.offset_data + start, size, False
-            else:
-                yield member.name, member.offset_data, member.size, False
+            name = posixpath.normpath(member.name.lstrip("/"))
+            places.pop(name, None), links.pop(name, None)
+            if member.sparse is not None:
+                raise ValueError(f"{name} is packed as a sparse file; pack it again without --sparse")
+            if member.isdir():
+                places[f"{name}/"] = 0, 0, False
+            elif member.issym():
+                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            elif member.islnk():
+                links[name] = posixpath.normpath(member.linkname)
+            elif member.isreg() and name.endswith(".tar"):
+                places.update({f"{name[:-4]}/{inner}": (member.offset_data + start, size, False)
+                               for inner, (start, size, _) in list_tar(tar.extractfile(member)).items()})
+            elif member.isreg():
+                places[name] = member.offset_data, member.size, False
         file.seek(tar.offset)
         if file.read(512) != bytes(512):  # tarfile takes a header cut short for the end
             raise tarfile.ReadError("it ends too early")
+    return follow_links(places, links)
 
 
 def list_zip(file):
-    """(name, first byte of its header, bytes, whether deflated) of every file in a zip."""
-    for info in zipfile.ZipFile(file).infolist():
+    """{name: (first byte of its header, bytes, whether deflated)} of every file in a zip, else as list_tar."""
+    places, links, archive = {}, {}, zipfile.ZipFile(file)
+    for info in archive.infolist():
+        name = posixpath.normpath(info.filename)
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{info.filename} is encrypted or packed in an unusual way; unpack the zip")
-        if not info.is_dir():
-            yield info.filename, info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED
+        if stat.S_ISLNK(info.external_attr >> 16):
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), os.fsdecode(archive.read(info))))
+        else:
+            place = info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED
+            places[f"{name}/" if info.is_dir() else name] = place
+    return follow_links(places, links)
 
 
-def to_rgb(image):
-    """Any PIL image as RGB, upright. 16 bits become 8 by dropping the low ones (Pillow alone would clip at 255)."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+def to_8_bit(image):
+    """A PIL image whose channels have 8 bits: of 16, the low ones are dropped (Pillow would clip at 255)."""
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{'floats' if image.mode == 'F' else '32-bit integers'} have no range to go by; save it in 8 "
+                         f"or 16 bits")
+    return image
+
+
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+           8: "ROTATE_90"}  # what turns an image of this EXIF orientation upright
+
+
+def read_image(content):
+    """The RGB PIL image in a file's bytes, upright. Raises ValueError for whatever makes it unreadable."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            rgb = to_8_bit(image).convert("RGB")
+            try:
+                method = UPRIGHT.get(image.getexif().get(0x112))
+            except Exception:  # metadata is no reason to lose pixels
+                method = None
+            return rgb.transpose(Image.Transpose[method]) if method else rgb
+    except Exception as error:  # damaged files of other kinds make Pillow raise almost anything
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an address in memory
+        raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
 
 
 class ImageFiles:
-    """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar of one tar per class (ImageNet as it
-    downloads). Archives are read in place. Class ids follow the sorted folder names. Item i is an RGB PIL image.
+    """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar (or folder) of one tar per class, as
+    ImageNet downloads. Archives are read in place. Class ids follow the sorted folder names. In tars of webdataset's
+    kind each image's .cls or .json ("label") file says its class. Item i is an RGB PIL image.
 
-    Raises ValueError for a source without images or an archive that cannot be read.
+    inner: the folder to take of an archive. Raises ValueError for a source without images, or one that cannot be read.
     """
 
     mode = "RGB"
 
-    def __init__(self, root):
-        self.root, self.is_folder, self.is_zip = Path(root), Path(root).is_dir(), False
+    def __init__(self, root, inner=""):
+        self.root, self.archives, places, folders = Path(root), [], {}, set()
+        inner = f"{inner}/" if inner else ""
+        is_folder = self.root.is_dir()
         try:
-            if self.is_folder:
-                found = list(list_folder(root))
-            else:
-                self.is_zip = not tarfile.is_tarfile(root)  # asked so: a tar whose last file is a zip looks like one
-                with open(root, "rb") as file:
-                    found = list(list_zip(file) if self.is_zip else list_tar(file))
+            names = list(list_folder(root)) if is_folder else [""]
+            tars = [name for name in names if name.endswith(".tar")] if is_folder else names
+            if is_folder:  # a class without images still has its number
+                places = {name: (-1, 0, 0, False) for name in {*names} - {*tars}}
+                folders = {f"{entry.name}/" for entry in os.scandir(root) if entry.is_dir()}
+            for number, name in enumerate(tars):
+                path = self.root / name if name else self.root
+                self.archives.append((path, not tarfile.is_tarfile(path)))  # a tar that ends in a zip looks like one
+                with open(path, "rb") as file:
+                    found = list_zip(file) if self.archives[-1][1] else list_tar(file)
+                places.update({posixpath.join(name[:-4], each): (number, *place) for each, place in found.items()})
         except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
             raise ValueError(f"{root}: cannot be listed ({error}); SOURCE must be a folder, a zip or an uncompressed, "
                              f"complete tar") from error
 
-        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        images, self.ignored, self.unclassed = [], 0, 0
-        for name, *place in found:
-            parts = [part for part in name.split("/") if part not in ("", ".")]
-            hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-            if hidden or os.path.splitext(name)[1].lower() not in suffixes:
-                self.ignored += 1
-            else:
-                images.append((parts, name, *place))
-        if not self.is_folder:  # an archive may hold the tree's root too: drop folders that all images share
-            while images and all(len(parts) > 2 and parts[0] == images[0][0][0] for parts, *_ in images):
-                images = [(parts[1:], *rest) for parts, *rest in images]
-        self.unclassed = sum(len(parts) < 2 for parts, *_ in images)
-        images = sorted(image for image in images if len(image[0]) > 1)
-        if not images:
+        # images and their classes; an archive may hold the tree's root too, folders that all images share
+        names, top = [name for name in image_names(places) if name.startswith(inner)], inner
+
+        def parts(names):
+            return {name[len(top):].split("/")[0] for name in names if "/" in name[len(top):]}
+
+        while len(parts(names)) == 1 and all(name.count("/", len(top)) > 1 for name in names):
+            top += f"{parts(names).pop()}/"
+        if "train" in parts(names) and parts(names) <= {"train", "val", "valid", "validation", "test"}:
+            raise ValueError(f"{root}: {', '.join(sorted(parts(names)))} are parts of a data set, no classes; set SOURCE "
+                             f"to {self.root / top / 'train'}")
+        top = inner if is_folder else top
+        self.unclassed = sum("/" not in name[len(top):] for name in names)
+        self.ignored = sum(name[-1] != "/" for name in places) - len(names)
+        names = [name for name in names if "/" in name[len(top):]]
+        if not names:
             raise ValueError(f"{root}: no images found; SOURCE must hold one folder of images per class")
-        classes = {parts[0] for parts, *_ in images}
-        if self.is_folder:  # a class without images still has its number
-            classes |= {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
-        self.classes = sorted(classes)
+        folders |= {name for name in places if name[-1] == "/" and name.startswith(top)}
+        self.classes = sorted(name for name in parts(folders | {*names}) if not is_hidden(name))
         number = {name: label for label, name in enumerate(self.classes)}
         # arrays, not lists: worker processes share them without copies
-        self.labels = np.array([number[parts[0]] for parts, *_ in images])
-        self.names = np.array([os.fsencode(name) for _, name, *_ in images])
-        self.starts, self.sizes, self.deflated = (np.array(column) for column in list(zip(*images))[2:])
+        self.labels = np.array([number[name[len(top):].split("/")[0]] for name in names])
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.numbers, self.starts, self.sizes, self.deflated = (np.array(column) for column in
+                                                                zip(*(places[name] for name in names)))
+        self.take_webdatasets_labels(names, places)
         self.fingerprint = zlib.crc32(self.names.tobytes() + self.starts.tobytes() + self.sizes.tobytes())
+
+    def take_webdatasets_labels(self, names, places):
+        """Where the images of an archive have a .cls or .json ("label") file beside them: the classes that these say."""
+        labels = []
+        for name in names:
+            stem = name[: name.index(".", name.rindex("/"))]
+            beside = next((stem + end for end in (".cls", ".json") if stem + end in places), None)
+            if places[name][0] >= 0 and beside:
+                said = json.loads(self.content(*places[beside]))
+                labels.append(said.get("label") if isinstance(said, dict) else said)
+            if not labels or labels[0] is None:  # none of webdataset's kind
+                return
+            if len(labels) <= len(labels[:-1]) or not isinstance(labels[-1], int):
+                raise ValueError(f"{self.root}: {name} has no class in a .cls or .json file beside it, as others have")
+        self.labels, self.classes = np.array(labels), [str(label) for label in range(max(labels) + 1)]
+
+    def follow(self, names, labels, checksum):
+        """Takes the order of an earlier listing of which images have been removed since; those cannot be read."""
+        rows = {name: row for row, name in enumerate(self.names.tolist())}
+        if rows.keys() <= set(names.tolist()):
+            order = np.array([rows.get(name, -1) for name in names.tolist()])
+            self.numbers, self.starts, self.sizes, self.deflated = (
+                np.where(order < 0, gone, column[order]) for column, gone in
+                ((self.numbers, -1), (self.starts, 0), (self.sizes, -1), (self.deflated, False)))
+            self.names, self.labels, self.fingerprint, self.removed = names, labels, checksum, order < 0
 
     def name(self, i):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
-    def read(self, i):
-        """The file's bytes."""
-        if self.is_folder:
-            return Path(self.name(i)).read_bytes()
-        with open(self.root, "rb") as file:
-            file.seek(self.starts[i])
-            if self.is_zip:  # a header of 30 bytes that ends with the lengths of the two fields between it and the data
+    def content(self, number, start, size, deflated):
+        """The bytes at a place of an archive."""
+        path, is_zip = self.archives[number]
+        if size < 0:
+            raise OSError("a link to what is not there")
+        with open(path, "rb") as file:
+            file.seek(start)
+            if is_zip:  # a header of 30 bytes that ends with the lengths of the two fields between it and the data
                 file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)
-            content = file.read(self.sizes[i])
-            return zlib.decompress(content, -zlib.MAX_WBITS) if self.deflated[i] else content
+            content = file.read(size)
+            return zlib.decompress(content, -zlib.MAX_WBITS) if deflated else content
 
     def __getitem__(self, i):
         try:
-            with Image.open(io.BytesIO(self.read(i))) as image:
-                return to_rgb(image)
-        # what Pillow raises for files that are damaged or of other kinds, beside what reading does
-        except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-            unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an address in memory
-            raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
+            content = Path(self.name(i)).read_bytes() if self.numbers[i] < 0 else \
+                self.content(self.numbers[i], self.starts[i], self.sizes[i], self.deflated[i])
+        except (OSError, zlib.error, struct.error) as error:
+            raise ValueError(f"unreadable image ({error})") from error
+        return read_image(content)
+
+
+class ParquetFiles:
+    """The images of the Hugging Face hub's parquet files ("image" with its "bytes", "label", class names in the
+    metadata): one file, or a folder of those of one split. Needs pyarrow. Item i is an RGB PIL image."""
+
+    mode, ignored, unclassed = "RGB", 0, 0
+
+    def __init__(self, root):
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ValueError(f"{root}: parquet files are read with pyarrow; pip install pyarrow") from error
+        self.paths = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
+        if len(splits := {path.name.split("-")[0] for path in self.paths}) > 1:
+            raise ValueError(f"{root}: files of {', '.join(sorted(splits))}; set SOURCE to a folder with one of these")
+        try:
+            files = [parquet.ParquetFile(path) for path in self.paths]
+            features = json.loads(files[0].schema_arrow.metadata[b"huggingface"])["info"]["features"]
+            self.labels = np.concatenate([file.read(["label"])["label"].to_numpy() for file in files])
+            self.classes = features["label"]["names"]
+        except Exception as error:  # pyarrow's own kinds
+            raise ValueError(f"{root}: no images with labels as the hub's parquet files have them ({error!r})") from error
+        self.groups = [(path, group) for path, file in zip(self.paths, files) for group in range(file.num_row_groups)]
+        rows = [file.metadata.row_group(group).num_rows for file in files for group in range(file.num_row_groups)]
+        self.ends, self.open = np.cumsum(rows), (None, None)
+        self.fingerprint = zlib.crc32(self.labels.tobytes())
+
+    def name(self, i):
+        return f"{self.groups[np.searchsorted(self.ends, i, 'right')][0]}, row {i} of all"
+
+    def __getitem__(self, i):
+        from pyarrow import parquet
+        group = int(np.searchsorted(self.ends, i, "right"))
+        if self.open[0] != group:  # images are asked for in order, and a group holds a hundred
+            path, number = self.groups[group]
+            self.open = group, parquet.ParquetFile(path).read_row_group(number, ["image"])["image"]
+        return read_image(self.open[1][int(i - self.ends[group])]["bytes"].as_py())
 
 
 class SpriteSheet:
@@ -307,9 +557,10 @@ class SpriteSheet:
         try:
             sheet = Image.open(path)
             sheet.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # see read_image
             raise ValueError(f"{path}: unreadable image ({error}); SOURCE must be a sprite sheet, an archive, "
                              f"or a folder with one folder of images per class") from error
+        sheet = to_8_bit(sheet)
         self.path, self.sheet = path, sheet if sheet.mode == "L" else sheet.convert("RGB")
         self.mode, self.classes = self.sheet.mode, list(SHEET_CLASSES)
         self.columns, rows = sheet.width // SHEET_TILE, sheet.height // SHEET_TILE
@@ -337,9 +588,9 @@ class PublishedLatents(ImageFiles):
     unclassed = 0
 
     def __init__(self, root):
-        self.root, self.is_folder, self.latents = Path(root, "images"), True, Path(root, "vae-sd")
-        files = [name for name, *_ in list_folder(self.root) if name != "dataset.json"]
-        moments = [name for name, *_ in list_folder(self.latents) if name != "dataset.json"]
+        self.root, self.latents = Path(root, "images"), Path(root, "vae-sd")
+        files = [name for name in list_folder(self.root) if name != "dataset.json"]
+        moments = [name for name in list_folder(self.latents) if name != "dataset.json"]
         names = [sorted(name for name in names if name.lower().endswith(suffix))
                  for names, suffix in ((files, ".png"), (moments, ".npy"))]
         self.ignored = len(files) + len(moments) - sum(map(len, names))
@@ -355,6 +606,7 @@ class PublishedLatents(ImageFiles):
                              f"dataset.json and the .npy files again") from error
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
         self.names, self.moments_names = (np.array([os.fsencode(name) for name in part]) for part in names)
+        self.numbers = np.full(len(self.names), -1)  # in no archive
         self.fingerprint = zlib.crc32(self.names.tobytes() + self.moments_names.tobytes() + self.labels.tobytes())
 
     def moments(self, i):
@@ -365,19 +617,34 @@ class PublishedLatents(ImageFiles):
             raise ValueError(f"unreadable latents {name} ({error})") from error
         if moments.shape != self.shape:
             raise ValueError(f"latents {name} of shape {moments.shape}, not {self.shape}")
-        return moments.astype(np.float16)
+        if not np.isfinite(moments := moments.astype(np.float16)).all():
+            raise ValueError(f"latents {name} that are not finite in float16")
+        return moments
 
 
 def open_source(path):
     """The source at `path`, told apart by what it is. Raises ValueError if it is none."""
-    if not path.exists():
+    outer = next((each for each in path.parents if each.is_file()), path)  # an archive, of which path names a folder
+    if not outer.exists():
         raise ValueError(f"{path}: no such file or folder; set SOURCE to a folder with one folder of images per class, "
                          f"a tar or zip of one, or a sprite sheet")
     if (path / "vae-sd").is_dir():
         return PublishedLatents(path)
-    if path.is_dir() or zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
-        return ImageFiles(path)
+    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
+        return ParquetFiles(path)
+    if path.is_dir() or zipfile.is_zipfile(outer) or tarfile.is_tarfile(outer):
+        return ImageFiles(outer, "" if outer == path else path.relative_to(outer).as_posix())
     return SpriteSheet(path)
+
+
+def describe(source):
+    """Prints what was understood of a source before the work starts."""
+    classes, counts = source.classes, np.bincount(source.labels, minlength=len(source.classes))
+    synsets = timm.data.ImageNetInfo().label_names() if len(classes) == 1000 else None
+    print(f"{SOURCE}: {len(source.labels):,} images of {len(classes):,} classes, from {classes[0]!r} ({counts[0]:,}) to "
+          f"{classes[-1]!r} ({counts[-1]:,})"
+          + ("" if synsets is None else "; ImageNet's, in their order" if list(classes) == synsets else
+             "; their names are not ImageNet's 1,000 synsets in order"))
 
 
 def pack(image):
@@ -416,7 +683,7 @@ class Crops:
                     moments[row] = self.source.moments(i)
                 targets[row] = image
                 packed[row] = pack(image)
-            except ValueError as error:
+            except Exception as error:  # an image's failure is its own
                 reasons[int(i)], targets[row] = str(error), 0
         return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, reasons
 
@@ -513,9 +780,11 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
                          f"set them back, choose another {constant} or delete the folder")
 
 
-def by_encoder(settings):
-    """The settings, with sd-vae-ft-ema for sd-vae-ft-mse: their encoders are the same, so a folder serves both."""
-    return dict(settings, vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
+def comparable(settings):
+    """The settings, but for what makes no difference: a path's spelling, and which of Stable Diffusion's fine-tuned VAEs,
+    whose encoder is the same, so that a folder serves both."""
+    return dict(settings, source=os.path.realpath(settings["source"]),
+                vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
 
 
 def reserve(path, shape, dtype=np.float16):
@@ -565,6 +834,9 @@ def write_chunk(folder, number, first, moments, packed, reasons):
     for name, tensors in moments.items():
         rows = np.load(folder / name, mmap_mode="r+")[first : first + len(kept)]
         rows[:] = torch.cat(tensors).cpu().numpy()
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{folder / name}: the VAE makes values that are not finite, or beyond float16, of images "
+                             f"{first}..{first + len(rows) - 1}; choose other weights, or VAE_PRECISION = \"float32\"")
         rows.flush()
         checksums[name] = zlib.crc32(rows[kept])
     part = folder / f"unfinished/{number:06d}"
@@ -577,8 +849,7 @@ def prepare_chunks(folder, crops, chunks, vae, latents_files, device, bar, world
     """Makes the chunks {number: rows}: decoded, cropped and packed in worker processes, encoded here, written in a
     thread, so that the device waits for nobody."""
     batches = [rows[i : i + BATCH_SIZE] for rows in chunks.values() for i in range(0, len(rows), BATCH_SIZE)]
-    loader = iter(DataLoader(crops, sampler=batches, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
-                             worker_init_fn=leave_process_group, pin_memory=device.type == "cuda"))
+    loader = open_loader(crops, batches, WORKERS, device)
     with ThreadPoolExecutor(1) as writer:
         written = None
         for number, rows in chunks.items():
@@ -638,7 +909,8 @@ def check(folder):
         if "latents_mirrored.npy" in checksums:
             contents["latents_mirrored.npy"] = data.mirrored[first:last]
         for name, content in contents.items():
-            if zlib.crc32(np.ascontiguousarray(content)) != checksums[name]:
+            if zlib.crc32(np.ascontiguousarray(content)) != checksums[name] or \
+                    (name.startswith("latents") and not np.isfinite(content).all()):
                 raise ValueError(f"{folder / name}: damaged somewhere in images {first}..{last - 1}; {REMEDY}")
         first = last
     rows = np.unique(np.linspace(0, len(data) - 1, CHECK_IMAGES).astype(int))
@@ -658,19 +930,22 @@ def check(folder):
           f"{worst:.2%} (root mean square)")
 
 
-@stoppable
+@ends_in_one_line
 def main():
-    started, folder = time.time(), Path(DATA_DIR)
+    started = time.time()
+    check_constants(globals(), {
+        "path": "SOURCE DATA_DIR", "path or None": "VAE", "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
+        "whole number from 1": "SHEET_TILE IMAGE_SIZE BATCH_SIZE CHUNK CHECK_IMAGES", "whole number from 0": "WORKERS",
+        "number from 0": "CHECK_TOLERANCE"}, VAE_PRECISION=("float32", "bf16"))
+    folder = Path(DATA_DIR)
     unfinished = folder / "unfinished"
-    if VAE_PRECISION not in ("float32", "bf16"):
-        raise ValueError(f"unknown VAE_PRECISION {VAE_PRECISION!r}; choose float32 or bf16")
     if CHECK:
         return check(folder)
     settings = dict(source=str(SOURCE), image_size=IMAGE_SIZE, vae_name=VAE, mirror=MIRROR,
                     vae_precision=VAE_PRECISION if VAE else None)
     if (folder / "meta.json").exists():
         finished = PreparedDataset(folder).meta
-        refuse_other(folder, "finished", by_encoder(finished), by_encoder(settings))
+        refuse_other(folder, "finished", comparable(finished), comparable(settings))
         shutil.rmtree(unfinished, ignore_errors=True)
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
@@ -681,6 +956,10 @@ def main():
 
     # source, VAE, and the folder that they make, or began to make
     source = open_source(Path(SOURCE))
+    plan_file, names_file, moving_file = (unfinished / name for name in ("plan.json", "names.npz", "moving"))
+    begun = json.loads(plan_file.read_text()) if plan_file.exists() else None
+    if begun and begun["names_checksum"] != source.fingerprint and names_file.exists():
+        source.follow(**np.load(names_file), checksum=begun["names_checksum"])
     count, brought = len(source.labels), isinstance(source, PublishedLatents)
     if VAE is None:
         vae, vae_meta, shape = None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
@@ -702,25 +981,28 @@ def main():
 
     # what is done: chunks with a record; one with unreadable images is tried again, until the parts are being moved
     plan = dict(settings, images=count, names_checksum=source.fingerprint, chunk=CHUNK)
-    plan_file, moving_file = unfinished / "plan.json", unfinished / "moving"
-    resuming, moving = plan_file.exists(), moving_file.exists()
-    if resuming:
-        refuse_other(folder, "begun", by_encoder(json.loads(plan_file.read_text())), by_encoder(plan))
+    moving = moving_file.exists()
+    if begun:
+        refuse_other(folder, "begun", comparable(begun), comparable(plan))
     chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
     records = [unfinished / f"{number:06d}.json" for number in range(len(chunks))]
-    missing = [number for number, record in enumerate(records) if not record.exists() or not (
-        moving or LEAVE_OUT_UNREADABLE or not json.loads(record.read_text())["reasons"])]
+    removed = getattr(source, "removed", np.zeros(count, bool))
+    missing = [number for number, record in enumerate(records) if not record.exists() or not moving and (
+        removed[list(chunks[number])].any() or
+        not LEAVE_OUT_UNREADABLE and json.loads(record.read_text())["reasons"])]
     missing_images = sum(len(chunks[number]) for number in missing)
     wait_for_all()
     if rank == 0:
         unfinished.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.rglob("*.tmp*"):  # what a killed run was writing
-            leftover.unlink()
         latents_bytes = 2 * math.prod((count, *shape)) * len(latents_files)
-        check_space(folder, crops, missing_images, 0 if resuming else latents_bytes)
-        if not resuming:
+        lock = lock_folder(unfinished, "DATA_DIR")  # noqa: F841 - held until main() ends
+        describe(source)
+        check_space(folder, crops, missing_images, 0 if begun else latents_bytes)
+        if not begun:
             for name in latents_files:
                 reserve(folder / name, (count, *shape))
+            if isinstance(source, ImageFiles):
+                np.savez(names_file, names=source.names, labels=source.labels)
             write_atomically(plan_file, lambda path: path.write_text(json.dumps(plan)))
     wait_for_all()
     with tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
@@ -737,12 +1019,14 @@ def main():
     if rank == 0:
         unreadable.unlink(missing_ok=True)
         if reasons:
-            unreadable.write_text("".join(f"{name}: {reason}\n" for name, reason in reasons.items()))
+            listed = "".join(f"{name}: {reason}\n" for name, reason in reasons.items())
+            unreadable.write_bytes(os.fsencode(listed))  # names need not be UTF-8
     wait_for_all()
-    if reasons and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
-        raise ValueError(f"{folder}: {len(reasons):,} of {count:,} images could not be read; unreadable.txt there "
-                         f"lists them, the others are done. Repair them and run again, or set LEAVE_OUT_UNREADABLE = "
-                         f"True")
+    removed = removed.sum()
+    if len(reasons) > removed and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
+        raise ValueError(f"{folder}: {len(reasons) - removed:,} of {count:,} images could not be read; unreadable.txt "
+                         f"there lists them, the others are done. Repair or remove them and run again"
+                         + (", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""))
 
     # packed images to their places in images.bin; from here on, what is left out stays left out
     ends = np.concatenate([[0], np.cumsum(lengths)])

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from model import SiT, path_coefficients
-from prepare_latents import refuse_other, reserve, run_script, start_processes, stoppable, write_atomically
+from prepare_latents import (check_constants, ends_in_one_line, lock_folder, refuse_other, reserve, run_script,
+                             start_processes, write_atomically)
 from vae import load_vae
 
 # what to draw from
@@ -31,14 +32,14 @@ RUN_DIR = "runs/haste-xl"
 CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
 # what to draw
-OUT = "runs/haste-xl/samples"  # folder for samples.npz and pictures
+OUT = None  # folder for samples.npz and pictures; None: "samples" in RUN_DIR
 NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
 CLASS_SAMPLING = "uniform"  # each sample's class: drawn at random, as in the papers; "balanced": all in turn
 CLASSES = None  # class ids to draw; None: all
 SEED = 0
 PNGS = False  # True: every sample as a file in OUT/png too
 # pictures, one class of CLASSES a row
-GRID = (10, 8)  # samples.png: rows and columns
+GRID = (10, 8)  # samples.png: rows and columns; None: none
 COMPARE = ()  # compare.png: one noise through each of these, either CFG_SCALEs or CHECKPOINTs
 FRAMES = 0  # path.png: so many moments on the way from noise to image
 # how: the paper's sampler for 100 epochs with guidance
@@ -247,11 +248,14 @@ def velocity_of(model, settings, device, precision="bf16"):
 
 def check_settings():
     """Raises ValueError for settings that could only fail later."""
-    for name, value, choices in (("MODE", MODE, ("sde", "ode")), ("SOLVER", SOLVER, ("euler", "heun", "adaptive")),
-                                 ("CLASS_SAMPLING", CLASS_SAMPLING, ("uniform", "balanced")),
-                                 ("PRECISION", PRECISION, ("bf16", "float32"))):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    check_constants(globals(), {
+        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE OUT", "whole number from 0": "NUM_SAMPLES SEED FRAMES",
+        "whole number from 1": "STEPS BATCH_SIZE", "number above 0": "TOLERANCE", "number from 0": "CFG_SCALE",
+        "two numbers from 0 to 1": "GUIDANCE", "two whole numbers from 0 or None": "GRID",
+        "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"), SOLVER=("euler", "heun", "adaptive"),
+        CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
+    if GUIDANCE[0] > GUIDANCE[1]:
+        raise ValueError(f"GUIDANCE {GUIDANCE}: the interval's lower end comes first")
     if SPACING != "log" and not (isinstance(SPACING, (int, float)) and SPACING > 0):
         raise ValueError(f'SPACING {SPACING!r} is neither "log" nor a number above 0')
     if FRAMES and MODE == "ode" and SOLVER == "adaptive":
@@ -265,7 +269,7 @@ class Sampler:
         model, self.settings = load_model(checkpoint)
         self.null, self.shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
         self.classes = list(range(self.null)) if CLASSES is None else list(CLASSES)
-        if not self.classes or min(self.classes) < 0 or max(self.classes) >= self.null:
+        if not self.classes or any(y not in range(self.null) for y in self.classes):
             raise ValueError(f"CLASSES {self.classes} must name at least one of the model's classes 0..{self.null - 1}")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
         if any(scale != 1 for scale in scales) and len(model.y_embedder.embedding_table.weight) == self.null:
@@ -307,11 +311,13 @@ def class_of(index, classes):
 def save_pictures(sampler, out):
     """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r
     of K classes: of class-balanced samples it is that sample."""
-    rows, columns = min(GRID[0], len(sampler.classes)), GRID[1]
+    rows, columns = GRID or (0, 0)
+    rows = min(rows or 10, len(sampler.classes))
     shown = sampler.classes[:rows]
-    grid = [(c * len(sampler.classes) + r, shown[r]) for r in range(rows) for c in range(columns)]
-    save_grid(sampler.draw_all(*zip(*grid)), columns, out / "samples.png")
-    print(f"{out / 'samples.png'}: {rows} classes by {columns} samples")
+    if GRID and all(GRID):
+        grid = [(c * len(sampler.classes) + r, shown[r]) for r in range(rows) for c in range(columns)]
+        save_grid(sampler.draw_all(*zip(*grid)), columns, out / "samples.png")
+        print(f"{out / 'samples.png'}: {rows} classes by {columns} samples")
     if COMPARE:
         drawn = []
         for value in COMPARE:
@@ -342,16 +348,22 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     """
     unfinished, wait_for_all = out / "unfinished", dist.barrier if world > 1 else lambda: None
     plan_file, images_file, done_file = (unfinished / name for name in ("plan.json", "images.npy", "done.npy"))
+    if rank == 0:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(unfinished, "OUT")  # noqa: F841 - held until all is drawn
+    wait_for_all()
     if plan_file.exists():
         refuse_other(unfinished, "was begun", json.loads(plan_file.read_text()), settings, "OUT")
     elif rank == 0:
-        unfinished.mkdir(parents=True, exist_ok=True)
         size = sampler.draw([0], sampler.classes[:1]).shape[-1]
         reserve(images_file, (NUM_SAMPLES, size, size, 3), np.uint8)
         reserve(done_file, (NUM_SAMPLES,), bool)
         write_atomically(plan_file, lambda path: path.write_text(json.dumps(settings, indent=1)))
     wait_for_all()
     images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
+    if shutil.disk_usage(out).free < images.nbytes:
+        raise ValueError(f"{out}: no room for {images.nbytes:,} bytes of samples.npz beside what is drawn; make room, or "
+                         f"choose another OUT")
     missing = np.flatnonzero(~done)
     wait_for_all()  # all have seen the same before one goes on
     if rank == 0:  # while the others begin
@@ -385,11 +397,12 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, classes {CLASS_SAMPLING}")
 
 
-@stoppable
+@ends_in_one_line
 def main():
     check_settings()
     rank, world, device = start_processes()
-    checkpoint, out = Path(CHECKPOINT or Path(RUN_DIR) / "ema.safetensors"), Path(OUT)
+    checkpoint, out = Path(CHECKPOINT or RUN_DIR), Path(OUT or Path(RUN_DIR, "samples"))
+    checkpoint = checkpoint / "ema.safetensors" if checkpoint.is_dir() or not CHECKPOINT else checkpoint
     sampler = Sampler(checkpoint, device)
 
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run

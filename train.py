@@ -8,6 +8,7 @@ The constants below are the paper's ImageNet 256x256 run. The same command again
 """
 
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,17 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recomputed
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
 from model import MODELS, attention_logits, build, interpolate
-from prepare_latents import (PreparedDataset, collect_stops, exit_status, leave_process_group, run_script,
-                             start_processes, stoppable, write_atomically)
+from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, lock_folder, open_loader,
+                             PreparedDataset, run_script, start_processes, write_atomically)
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from vae import load_vae
@@ -179,9 +177,8 @@ def batch_indices(step, count, rank, world):
 def open_batches(data, steps, rank, world, device):
     """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device."""
     order = (batch_indices(step, len(data), rank, world) for step in steps)
-    loader = DataLoader(data, sampler=order, batch_size=None, num_workers=min(WORKERS, os.cpu_count()),
-                        worker_init_fn=leave_process_group, pin_memory=device.type == "cuda")
-    return ([part if part is None else part.to(device, non_blocking=True) for part in batch] for batch in iter(loader))
+    return ([part if part is None else part.to(device, non_blocking=True) for part in batch]
+            for batch in open_loader(data, order, WORKERS, device))
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
@@ -210,7 +207,7 @@ def shard(model, device, world, shards, dtype):
 
     Each group of `shards` neighbouring ranks holds the weights once. Weights and reduced gradients are float32.
     """
-    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
     # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -230,40 +227,39 @@ def make_optimizer(model):
 
 
 # ----- settings and logs ----------------------------------------------------------------------------------------------
-def check_settings(data, world):
+def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
+    check_constants(globals(), {
+        "path": "DATA_DIR RUN_DIR TEACHER", "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
+        "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS LOG_EVERY CHECKPOINT_EVERY "
+                               "CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
+        "whole number from 1": "ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED PREVIEW_STEPS",
+        "number from 0": "FEATURE_WEIGHT ATTENTION_WEIGHT LEARNING_RATE WEIGHT_DECAY", "number above 0": "GRAD_CLIP",
+        "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "number from -1 to 1": "CONFLICT_BELOW",
+        "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
+        "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
+        TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"))
+
     def need(condition, message):
         if not condition:
             raise ValueError(message)
 
-    for name, choices in (("MODEL", MODELS), ("PATH", ("linear", "cosine")), ("TRIGGER", ("step", "conflict")),
-                          ("SHARDING", ("zero2", "zero3", "replicate")), ("TRACKER", (None, "tensorboard", "wandb"))):
-        need(globals()[name] in choices,
-             f"unknown {name} {globals()[name]!r}; choose one of {', '.join(map(str, choices))}")
-    need(TRACKER is None or importlib.util.find_spec(TRACKER),
+    found = TRACKER and importlib.util.find_spec(TRACKER)
+    need(not TRACKER or found and found.origin,  # a folder of that name is no package
          f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
     parts, depth = world * MICRO_BATCHES, MODELS[MODEL]["depth"]
     need(BATCH_SIZE % parts == 0,
          f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; the "
          f"nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
-    need(not MIRROR or data.mirrored is not None,
-         f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with prepare_latents.MIRROR = "
-         f"True, or set MIRROR to False")
     need(TRIGGER == "step" or CONFLICT_EVERY,
          "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
-    need(not (ALIGN_STEPS and ATTENTION_WEIGHT) or LAYER_PAIRS and all(0 <= s < depth for s, _ in LAYER_PAIRS),
-         f"LAYER_PAIRS {LAYER_PAIRS}: the student layers must lie in 0..{depth - 1}; set ATTENTION_WEIGHT to 0 for "
-         f"none")
-
-
-def current_settings(data, sit):
-    """Every constant of this file, the model's arguments and the data set: what makes the run repeatable."""
-    not_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
-    constants = {name: value for name, value in globals().items() if name.isupper() and name not in not_settings}
-    described = {key: data.meta[key] for key in ("source", "count", "image_size", "latent_shape", "vae", "classes")}
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    # through JSON and back, so that it compares equal to what was read from a file
-    return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
+    need(not ALIGN_STEPS or ALIGN_DEPTH <= depth,
+         f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these")
+    pairs = [pair for pair in LAYER_PAIRS or () if isinstance(pair, (tuple, list)) and len(pair) == 2]
+    need(not (ALIGN_STEPS and ATTENTION_WEIGHT) or pairs and len(pairs) == len(LAYER_PAIRS)
+         and all(s in range(depth) and isinstance(p, int) for s, p in pairs),
+         f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the student's in 0..{depth - 1}; set "
+         f"ATTENTION_WEIGHT to 0 for none")
 
 
 def append(path, line):
@@ -282,16 +278,21 @@ def truncate_log(path, step):
     write_atomically(path, lambda file: file.write_text("".join(",".join(row) + "\n" for row in (COLUMNS, *kept))))
 
 
-def open_tracker(run, settings):
+def open_tracker(run, settings, step):
     """A function (step, values) that reports to TRACKER."""
     if TRACKER == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(run)
+        writer = SummaryWriter(run, purge_step=step + 1)  # later ones, which a killed run wrote, are written again
         return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
     if TRACKER == "wandb":
         import wandb
-        wandb.init(project="nanohaste", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
-        return lambda step, values: wandb.log(values, step=step)
+        place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
+        try:
+            there = wandb.init(project="nanohaste", name=run.name, id=place, dir=run, config=settings, resume="allow")
+        except Exception as error:  # of its own kinds, which are not ours to import
+            raise ValueError(f"TRACKER 'wandb': {error}; mend that, or set it to None") from error
+        done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
+        return lambda step, values: wandb.log(values, step=step) if step >= done else None
     return lambda step, values: None
 
 
@@ -359,7 +360,7 @@ def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
 
 
 # ----- the run --------------------------------------------------------------------------------------------------------
-@stoppable
+@ends_in_one_line
 def main():
     # processes and precision
     rank, world, device = start_processes(nccl=True)
@@ -368,11 +369,14 @@ def main():
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
     # data, and where the run stands: phase II never opens the images
+    check_settings(world)
     data = PreparedDataset(DATA_DIR, with_images=False)
-    check_settings(data, world)
+    if MIRROR and data.mirrored is None:
+        raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
+                         f"prepare_latents.MIRROR = True, or set MIRROR to False")
     sit = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], num_classes=len(data.classes),
                class_dropout_prob=LABEL_DROPOUT, align_depth=ALIGN_DEPTH, teacher_dim=None)
-    settings, run = current_settings(data, sit), Path(RUN_DIR)
+    settings, run = checkpoint.describe(globals(), data, sit), Path(RUN_DIR)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
 
@@ -405,7 +409,7 @@ def main():
     optimizer = make_optimizer(model)
     averaged = {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
     ema = {name: p.detach().clone() for name, p in averaged.items()}
-    update_ema = get_ema_multi_avg_fn(EMA_DECAY)
+    update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
@@ -414,7 +418,10 @@ def main():
     if rank == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "previews").mkdir(exist_ok=True)
-        for unfinished in (run / "checkpoints").glob("step_*.tmp"):  # what a killed run was writing
+        lock = lock_folder(run, "RUN_DIR")  # noqa: F841 - held until main() ends
+        if checkpoint.finished(run)[-1:] != [saved] * bool(saved):
+            raise ValueError(f"{run}: another process has just trained on here; give the same command again")
+        for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
             shutil.rmtree(unfinished)
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
@@ -424,7 +431,7 @@ def main():
     if not (run / "settings.json").exists():
         raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
                          f"nodes share")
-    track = open_tracker(run, settings) if rank == 0 else None
+    track = open_tracker(run, settings, step) if rank == 0 else None
 
     def log(text):
         if rank == 0:
@@ -501,13 +508,13 @@ def main():
         # ---------------------------------------------------------------------------------------------------------
 
         bar.update()
-        if CONFLICT_EVERY and aligning and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
+        if aligning and CONFLICT_EVERY and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
             cosine = gradient_cosine(model, teacher, align, data, rank, world, device, autocast)
             log(f"step {step:,}: gradient cosine {cosine:+.3f} between denoising and alignment loss")
             clock += time.perf_counter() - paused  # no training time
 
-        if step % LOG_EVERY == 0 or step == STEPS or (aligning and step == ALIGN_STEPS):
+        if (LOG_EVERY and step % LOG_EVERY == 0) or step == STEPS or (aligning and step == ALIGN_STEPS):
             *sums, good, _, in_a_row, skipped = meters.tolist()  # the only wait for the device
             meters[:5], meters[6] = 0, meters[5]
             now = time.perf_counter()
@@ -536,7 +543,7 @@ def main():
             if weights := checkpoint.whole_ema(ema):  # of all ranks, on rank 0
                 save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
                              PREVIEW_STEPS, SEED)
-        if step % CHECKPOINT_EVERY == 0 or step == STEPS or stopped_by:
+        if (CHECKPOINT_EVERY and step % CHECKPOINT_EVERY == 0) or step == STEPS or stopped_by:
             failure = checkpoint.save(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
                                       checkpoint.run_state(model, optimizer, ema, meters), ema, CHECKPOINTS_KEPT,
                                       KEEP_EVERY)

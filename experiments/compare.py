@@ -155,7 +155,7 @@ def run_all(constants):
             process.join()
 
 
-@prepare_latents.stoppable
+@prepare_latents.ends_in_one_line
 def main():
     # data, and the floor: as many real images as samples, which no run has seen
     Path(OUT).mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from prepare_latents import PreparedDataset, run_script, stoppable, write_atomically
+from prepare_latents import PreparedDataset, check_writable, run_script, ends_in_one_line, write_atomically
 from teacher import load_network, preprocess
 
 # the first of the two passes that made data/teacher.safetensors
@@ -48,12 +48,15 @@ def shift(images, most):
     return F.pad(images, (most,) * 4)[torch.arange(B).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
 
 
-@stoppable
+@ends_in_one_line
 def main():
     data = PreparedDataset(DATA_DIR)
     test = None if TEST_DIR is None else PreparedDataset(TEST_DIR)
     if test is not None and test.classes != data.classes:
         raise ValueError(f"{TEST_DIR} has other classes than {DATA_DIR}; set TEST_DIR to its test images, or to None")
+    check_writable(OUT)
+    if len(data) < BATCH_SIZE:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE}: {DATA_DIR} has {len(data)} images; set it to so many at most")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(SEED)
     size, num_classes = data.meta["image_size"], len(data.classes)

@@ -51,8 +51,8 @@ def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys
         load_model(tmp_path / "strange.pt")
     assert "code from" not in capsys.readouterr().out
     torch.save(dict(ema=dict(state, **{"blocks.0.extra": torch.zeros(1), "head.bias": torch.zeros(1)})), tmp_path / "more.pt")
-    with pytest.raises(ValueError, match=r"more.pt: .*unexpected keys blocks\.0\.extra, head\.bias\); copy"):
+    with pytest.raises(ValueError, match=r"more.pt: .*unexpected keys blocks\.0\.extra, head\.bias\); set"):
         load_model(tmp_path / "more.pt")
     torch.save({"conv1.weight": torch.zeros(1), "bn.bias": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt: .*unexpected keys bn\.bias, conv1\.weight\); copy"):
+    with pytest.raises(ValueError, match=r"other.pt: .*unexpected keys bn\.bias, conv1\.weight\); set"):
         load_model(tmp_path / "other.pt")

@@ -22,7 +22,9 @@ import torch
 from bench import write_prepared
 from conftest import ROOT, set_constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import fid
 import prepare_latents
 import train
 from prepare_latents import PreparedDataset, center_crop
@@ -120,7 +122,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept(tree, prepare, worker
     whole = broken.read_bytes()
     broken.write_bytes(whole[:60])
     with pytest.raises(ValueError, match=r"1 of 5 images could not be read; unreadable\.txt there lists them.* "
-                                         r"Repair them and run again, or set LEAVE_OUT_UNREADABLE = True"):
+                                         r"Repair or remove them and run again, or set LEAVE_OUT_UNREADABLE = True"):
         prepare(SOURCE=str(tree), WORKERS=workers, CHUNK=2)
     folder = tree.parent / "out"
     assert re.fullmatch(r".*/n02/0\.png: unreadable image \(.*\)\n", (folder / "unreadable.txt").read_text())
@@ -153,7 +155,7 @@ def test_unreadable_images_are_left_out_when_allowed(tree, prepare, vae_folder, 
     (dict(SOURCE=str(ROOT / "LICENSE")), "LICENSE: unreadable image .* SOURCE must be a sprite sheet, an archive"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SHEET_TILE=27), "not whole rows of 27-pixel"),
     (dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), VAE="no-such/vae"), "VAE 'no-such/vae' is no local file"),
-    (dict(SOURCE=str(ROOT / "data"), VAE_PRECISION="fp8"), "unknown VAE_PRECISION 'fp8'; choose float32 or bf16"),
+    (dict(SOURCE=str(ROOT / "data"), VAE_PRECISION="fp8"), "unknown VAE_PRECISION 'fp8'; choose one of float32, bf16"),
 ])
 def test_bad_sources_are_refused(prepare, constants, message):
     with pytest.raises(ValueError, match=message):
@@ -385,9 +387,241 @@ def test_other_source_or_setting_than_the_half_made_folders_is_refused(tree, pre
         prepare(SOURCE=str(tree))
     with pytest.raises(ValueError, match=r"begun with other settings \(image_size 32, now 64\)"):
         prepare(SOURCE=str(tree), IMAGE_SIZE=64)
-    broken.unlink()
-    with pytest.raises(ValueError, match=r"begun with other settings \(images 5, now 4; names_checksum \d+, now \d+\)"):
+    (tree / "n02/new.png").write_bytes((tree / "n01/0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"begun with other settings \(images 5, now 6; names_checksum \d+, now \d+\)"):
         prepare(SOURCE=str(tree))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_who_removes_a_bad_image_goes_on_where_he_was(tree, prepare, tmp_path, packed, capsys):
+    (tree / "n02/0.png").write_bytes(b"no image")
+
+    def source():
+        if packed:
+            shutil.make_archive(str(tmp_path / "tree"), "tar", tree)
+        return str(tmp_path / "tree.tar") if packed else str(tree)
+
+    with pytest.raises(ValueError, match="1 of 5 images could not be read"):
+        prepare(SOURCE=source(), CHUNK=2)
+    (tree / "n02/0.png").unlink()
+    (tree / "n01/0.png").unlink()  # of a chunk that is done
+    data = prepare(SOURCE=source(), CHUNK=2)
+    assert "3 images of 2 classes, 4 of them in these" in capsys.readouterr().out  # two chunks of three
+    straight = prepare(SOURCE=source(), DATA_DIR=str(tmp_path / "straight"))
+    for name in ("latents.npy", "images.bin", "image_offsets.npy", "labels.npy"):
+        assert (data.path / name).read_bytes() == (straight.path / name).read_bytes()
+
+
+def save(path, value, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 40), (value, 0, 0)).save(path, **options)
+
+
+def values(source):
+    """{class name: red values of its images} of a source."""
+    found = {name: [] for name in source.classes}
+    for i, label in enumerate(source.labels):
+        found[source.classes[label]].append(source[i].getpixel((0, 0))[0])
+    return found
+
+
+def test_links_and_newer_versions_in_archives_are_what_unpacking_gives(tmp_path):
+    root = tmp_path / "src"
+    for i in range(3):
+        save(root / f"a/{i}.png", 10 + i)
+    (root / "b").mkdir()
+    os.link(root / "a/0.png", root / "b/hard.png")
+    os.symlink("../a/1.png", root / "b/soft.png")
+    os.symlink("soft.png", root / "b/twice.png")
+    os.symlink("a", root / "c")  # a class that is a link to another
+    os.symlink("..", root / "b/up")  # to a folder it lies in: no images of others
+    os.symlink("nowhere.png", root / "b/z.png")
+    (root / "empty").mkdir()
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(root, "src")
+    save(root / "a/2.png", 99)  # a newer version, appended
+    with tarfile.open(tmp_path / "src.tar", "a") as tar:
+        tar.add(root / "a/2.png", "src/a/2.png")
+    subprocess.run(["zip", "-qry", tmp_path / "src.zip", "src"], cwd=tmp_path, check=True) if shutil.which("zip") else None
+    wanted = dict(a=[10, 11, 99], b=[10, 11, 11], c=[10, 11, 99], empty=[])
+    for name in ("src", "src.tar", "src.zip"):
+        if (tmp_path / name).exists():
+            source = prepare_latents.ImageFiles(tmp_path / name)
+            broken = [i for i in range(len(source.labels)) if source.name(i).endswith("z.png")]
+            assert len(broken) == 1
+            with pytest.raises(ValueError, match="unreadable image"):
+                source[broken[0]]
+            source.labels = np.delete(source.labels, broken)  # the last of b and of the list's class
+            rows = [i for i in range(len(source.labels) + 1) if i not in broken]
+            found = {key: [] for key in source.classes}
+            for row, label in zip(rows, source.labels):
+                found[source.classes[label]].append(source[row].getpixel((0, 0))[0])
+            assert found == wanted, name
+
+
+def test_a_sparse_tar_is_refused(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(10**6)
+    made = subprocess.run(["tar", "--sparse", "-cf", tmp_path / "s.tar", "a.png"], cwd=tmp_path)
+    with pytest.raises(ValueError, match="a.png is packed as a sparse file; pack it again without --sparse"):
+        assert made.returncode == 0 and prepare_latents.ImageFiles(tmp_path / "s.tar")
+
+
+def test_folders_of_systems_are_no_classes_and_their_files_no_images(tmp_path):
+    for name in ("n01", "n02"):
+        save(tmp_path / f"src/{name}/0.png", 1)
+    for name in ("lost+found", "$RECYCLE.BIN", "System Volume Information", ".Trash"):
+        (tmp_path / "src" / name).mkdir()
+    for name in ("@eaDir/thumb.jpg", "n01/@eaDir/0.png/thumb.jpg", "__MACOSX/n01/._0.png", "n01/.hidden.png"):
+        save(tmp_path / "src" / name, 9)
+    source = prepare_latents.ImageFiles(tmp_path / "src")
+    assert source.classes == ["n01", "n02"] and len(source.labels) == 2
+    assert len(fid.ImageFolder(tmp_path / "src")) == 2  # one listing for both
+
+
+def test_kaggles_imagenet(tmp_path, prepare, capsys):
+    inside = "ILSVRC/Data/CLS-LOC"
+    for part in ("train/n01", "train/n02", "val", "test"):
+        save(tmp_path / inside / part / "0.JPEG", 50)
+    (tmp_path / "ILSVRC/Annotations").mkdir()
+    (tmp_path / "ILSVRC/Annotations/0.xml").write_text("<annotation/>")
+    with zipfile.ZipFile(tmp_path / "imagenet.zip", "w") as file:
+        for path in (tmp_path / "ILSVRC").rglob("*.*"):
+            file.write(path, path.relative_to(tmp_path))
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "ILSVRC").rename(tmp_path / "tree/ILSVRC")
+    for name in ("imagenet.zip", "tree", f"tree/{inside}"):
+        where = tmp_path / ("imagenet.zip" if name == "imagenet.zip" else "tree") / inside / "train"
+        with pytest.raises(ValueError, match=f"test, train, val are parts of a data set, no classes; set SOURCE to {where}"):
+            prepare(SOURCE=str(tmp_path / name))
+        data = prepare(SOURCE=str(where), DATA_DIR=str(tmp_path / f"of {name}".replace("/", " ")))
+        assert data.classes == ["n01", "n02"] and len(data) == 2
+    assert f"{where}: 2 images of 2 classes, from 'n01' (1) to 'n02' (1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sidecar", [".cls", ".json"])
+def test_webdatasets_tars(tmp_path, sidecar):
+    labels, number = [3, 0, 3, 1, 2], 0
+    for shard in (labels[:3], labels[3:]):
+        with tarfile.open(tmp_path / f"train-{number:04d}.tar", "w") as tar:
+            for label in shard:
+                save(tmp_path / "x/x.jpg", 10 * label)
+                (tmp_path / "x/x.cls").write_text(str(label) if sidecar == ".cls" else json.dumps(dict(label=label)))
+                tar.add(tmp_path / "x/x.jpg", f"n0{label}_{number}.jpg")
+                tar.add(tmp_path / "x/x.cls", f"n0{label}_{number}{sidecar}")
+                number += 1
+    shutil.rmtree(tmp_path / "x")
+    source = prepare_latents.open_source(tmp_path)
+    assert source.classes == ["0", "1", "2", "3"] and sorted(source.labels) == sorted(labels)
+    assert all(abs(source[i].getpixel((0, 0))[0] - 10 * label) < 3 for i, label in enumerate(source.labels))
+
+
+def test_a_folder_of_one_tar_per_class(tmp_path):
+    for name in ("n01", "n02"):
+        save(tmp_path / f"src/{name}/{name}_0.png", int(name[1:]))
+        shutil.make_archive(str(tmp_path / "tars" / name), "tar", tmp_path / "src" / name)
+    assert values(prepare_latents.open_source(tmp_path / "tars")) == dict(n01=[1], n02=[2])
+
+
+def test_parquet_files_as_the_hub_serves_them(tmp_path, prepare):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    features = dict(image=dict(_type="Image"), label=dict(names=["tench", "goldfish"], _type="ClassLabel"))
+    for number, labels in enumerate(([0, 1, 1], [1, 0])):
+        images = []
+        for label in labels:
+            save(tmp_path / "x.jpg", 100 * label)
+            images.append(dict(bytes=(tmp_path / "x.jpg").read_bytes(), path="x.jpg"))
+        table = pyarrow.table(dict(image=images, label=labels))
+        table = table.replace_schema_metadata({"huggingface": json.dumps(dict(info=dict(features=features)))})
+        parquet.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet", row_group_size=2)
+    (tmp_path / "x.jpg").unlink()
+    data = prepare(SOURCE=str(tmp_path), DATA_DIR=str(tmp_path / "out"), WORKERS=1)
+    assert data.classes == ["tench", "goldfish"] and data.labels.tolist() == [0, 1, 1, 1, 0]
+    assert [round(image[0].float().mean().item(), -2) for image in data.images(range(5))] == [0, 100, 100, 100, 0]
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="parquet files are read with pyarrow; pip install pyarrow"):
+        prepare_latents.open_source(tmp_path)
+
+
+def test_sound_pixels_survive_odd_metadata_names_and_shapes(tmp_path, prepare):
+    """A resolution of -1 / 0 beside a rotation, a name that is not UTF-8, 1 pixel by 40,000."""
+    tiff = b"II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\x1a\x01\x0a\0\x01\0\0\0\x26\0\0\0" \
+        + bytes(4) + b"\xff\xff\xff\xff" + bytes(4)
+    save(tmp_path / "src/a/0.jpg", 40, exif=b"Exif\0\0" + tiff)
+    save(tmp_path / "src/a/1.png", 50)
+    os.rename(tmp_path / "src/a/1.png", os.fsencode(tmp_path) + b"/src/a/caf\xe9.png")
+    Image.new("RGB", (1, 40_000), (60, 0, 0)).save(tmp_path / "src/a/2.png")
+    data = prepare(SOURCE=str(tmp_path / "src"), IMAGE_SIZE=256)
+    assert sorted(round(image[0].float().mean().item(), -1) for image in data.images(range(3))) == [40, 50, 60]
+    open(os.fsencode(tmp_path) + b"/src/a/\xe9.jpg", "wb").close()
+    with pytest.raises(ValueError, match="1 of 4 images could not be read"):
+        prepare(SOURCE=str(tmp_path / "src"), IMAGE_SIZE=256, DATA_DIR=str(tmp_path / "second"))
+    assert b"\xe9.jpg: unreadable image" in (tmp_path / "second/unreadable.txt").read_bytes()
+
+
+def test_ranges_that_cannot_be_known_are_refused_and_16_bits_understood(tmp_path):
+    ramp = np.linspace(0, 1, 40 * 40).reshape(40, 40)
+    for name, array in (("a/int.tif", (ramp * 255).astype(np.int32)), ("a/float.tif", ramp.astype(np.float32)),
+                        ("a/u16.png", (ramp * 65535).astype(np.uint16))):
+        (tmp_path / "src/a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(tmp_path / "src" / name)
+    source = prepare_latents.ImageFiles(tmp_path / "src")
+    for row in (0, 1):
+        with pytest.raises(ValueError, match="have no range to go by; save it in 8 or 16 bits"):
+            source[row]
+    assert np.asarray(source[2]).mean() == pytest.approx(127, abs=2)
+
+
+@pytest.mark.parametrize("harm", ["nan", "large"])
+def test_latents_that_are_not_finite_stop_the_run_and_do_not_pass_the_check(tree, prepare, vae_folder, tmp_path, harm):
+    shutil.copytree(vae_folder[0], tmp_path / "vae")
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["quant_conv.weight"] = state["quant_conv.weight"] * (float("nan") if harm == "nan" else 1e9)
+    save_file(state, file)
+    with pytest.raises(ValueError, match="latents.npy: the VAE makes values that are not finite, or beyond float16"):
+        prepare(SOURCE=str(tree), VAE=str(tmp_path / "vae"))
+    data = prepare(SOURCE=str(tree), VAE=None, DATA_DIR=str(tmp_path / "finished"))
+    rows = np.load(data.path / "latents.npy")
+    rows[1] = np.nan
+    np.save(data.path / "latents.npy", rows)
+    meta = json.loads((data.path / "meta.json").read_text())
+    meta["chunks"][0][1]["latents.npy"] = zlib.crc32(rows)  # as an earlier version would have written it
+    (data.path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="latents.npy: damaged somewhere"):
+        prepare(DATA_DIR=str(data.path), CHECK=True)
+
+
+def test_nothing_of_others_is_removed_and_paths_may_be_spelled_otherwise(tree, prepare, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out/notes").mkdir(parents=True)
+    for name in ("notes/letter.tmpl", "photo.tmp.png"):
+        (tmp_path / "out" / name).write_text("precious")
+    prepare(SOURCE=str(tree))
+    assert all((tmp_path / "out" / name).exists() for name in ("notes/letter.tmpl", "photo.tmp.png"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("tree", "./tree", "~/tree"):
+        prepare(SOURCE=spelling, DATA_DIR="~/out")
+    assert capsys.readouterr().out.count("already finished") == 3
+
+
+def test_a_folder_at_which_another_process_works_is_refused(tree, prepare, tmp_path):
+    (tmp_path / "out/unfinished").mkdir(parents=True)
+    script = f"import prepare_latents, pathlib; lock = prepare_latents.lock_folder(pathlib.Path({str(tmp_path)!r}, " \
+             f"'out/unfinished'), 'x'); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match=rf"unfinished: process {other.pid} on .* is at work here; wait for its end, or "
+                                         rf"choose another DATA_DIR"):
+        prepare(SOURCE=str(tree))
+    other.kill()
+    other.wait()
+    assert len(prepare(SOURCE=str(tree))) == 5
 
 
 def test_a_folder_prepared_with_the_other_decoder_stays_valid(tree, prepare, vae_folder, tmp_path, capsys):

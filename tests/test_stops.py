@@ -39,7 +39,7 @@ def test_a_second_stop_ends_at_once(tmp_path):
     """Where the first is only noted, as in train.py's loop, which saves before it ends."""
     script = """
 import os, signal, prepare_latents
-@prepare_latents.stoppable
+@prepare_latents.ends_in_one_line
 def main():
     signals = prepare_latents.collect_stops()
     os.kill(os.getpid(), signal.SIGINT)
