@@ -8,8 +8,12 @@ out/demo/samples.png. Run again, it resumes; delete out/demo to start over. An e
 
 import csv
 import json
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported
 
 import fid
 import prepare_latents

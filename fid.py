@@ -12,6 +12,7 @@ https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagen
 import hashlib
 import json
 import os
+import signal
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported
 
 import numpy as np
 import timm
@@ -277,9 +281,10 @@ def load_features(device):
                 raise ValueError(f"its patches have {network.patch_embed.patch_size[0]}")
             network.set_input_size(img_size=(size, size))  # resamples a ViT's position table to the new grid
         features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{FEATURES} takes no images of {size} pixels ({str(error).splitlines()[0]}); set "
-                         f"FEATURES_SIZE to a multiple of its patch size, or to None") from error
+    except Exception as error:  # of each kind of network its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{FEATURES} takes no images of {size} pixels ({reason}); set FEATURES_SIZE to a multiple of its "
+                         f"patch size, or to None") from error
     return features, dict(features=str(FEATURES), features_size=size, weights_sha256=digest.hexdigest())
 
 

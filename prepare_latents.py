@@ -30,12 +30,16 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported
 
 import numpy as np
 import PIL
@@ -128,10 +132,11 @@ def ends_in_one_line(main):
         handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS if here}
         try:
             return main()
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, SystemExit) as error:
             if (mendable := in_one_line(error)) is None:
                 raise
-            raise mendable from error
+            traceback.clear_frames(error.__traceback__)  # ends loaders, whose processes would complain at their own end
+            raise mendable from (None if mendable is error else error)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -139,19 +144,21 @@ def ends_in_one_line(main):
 
 
 def in_one_line(error):
-    """The error that says what the user can do about a library's, or None."""
+    """The error that says what the user can do: ours as it is, or in place of a library's; None for our mistakes."""
     lines = str(error).strip().splitlines() or [""]
-    if "Caught " in lines[0] and "DataLoader worker process" in lines[0]:  # ours, from a loader's process
-        return type(error)(lines[-1].removeprefix(f"{type(error).__name__}: "))
+    caught = "Caught " in lines[0] and "DataLoader worker process" in lines[0]  # in a loader's process
+    text = lines[-1].removeprefix(f"{type(error).__name__}: ") if caught else lines[0]
     for sign, remedy in (("OutOfMemoryError", "the GPU's memory is full; set a smaller BATCH_SIZE, in training a larger "
                                               "MICRO_BATCHES"),
                          ("DataLoader worker", "a loader's process was ended, for lack of memory or of room in /dev/shm; "
                                                "set fewer WORKERS, or 0"),
                          ("shared memory", "no room in /dev/shm for what loaders send; enlarge it, or set WORKERS = 0"),
                          ("ompiler", "torch.compile found no working C++ compiler; install one, or set COMPILE = False")):
-        if sign in f"{type(error).__name__}: {error}" and not isinstance(error, ValueError):
-            return OSError(f"{remedy} ({lines[0][:200]})")
-    return None
+        if isinstance(error, RuntimeError) and sign in f"{type(error).__name__}: {text if caught else error}":
+            return OSError(f"{remedy} ({text[:200]})")
+    if isinstance(error, RuntimeError):
+        return None
+    return (OSError if isinstance(error, OSError) else ValueError)(text) if caught else error
 
 
 def collect_stops():

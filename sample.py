@@ -11,8 +11,12 @@ its index) alone, not on the batch size, the number of GPUs or how many are draw
 import hashlib
 import json
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported
 
 import numpy as np
 import torch

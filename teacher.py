@@ -52,6 +52,10 @@ def load_network(name, pretrained=True):
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
     except Exception as error:  # the hub, the network stack and timm each raise their own; the user's remedy is one
+        if not timm.is_model_pretrained(name):
+            known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+            raise ValueError(f"timm has no weights called {name!r}; choose one of {', '.join(known)}" if known else
+                             f"timm has no weights of {name!r}; choose another network") from error
         raise ValueError(f"the weights of {name!r} could not be fetched ({type(error).__name__}); check the "
                          f"connection, or fetch them where there is one and copy the Hugging Face cache "
                          f"(HF_HOME)") from error
@@ -134,5 +138,5 @@ class Teacher(nn.Module):
 def teacher_for_grid(name, layers, grid):
     """The Teacher `name` at the image size that gives grid x grid tokens, whatever the size of the images."""
     network = load_network(name)
-    patch = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else 1
+    patch = network.patch_embed.patch_size[0] if isinstance(network, VisionTransformer) else 1
     return Teacher(network, layers, input_size=grid * patch)

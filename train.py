@@ -13,11 +13,15 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import timeit
 from functools import lru_cache, partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported
 
 import numpy as np
 import torch

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sample
 from checkpoint import load_model
@@ -56,3 +57,25 @@ def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys
     torch.save({"conv1.weight": torch.zeros(1), "bn.bias": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: .*unexpected keys bn\.bias, conv1\.weight\); set"):
         load_model(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("form", ["module.", "_orig_mod.", "module._orig_mod.", "old format", "folder"])
+def test_checkpoints_as_people_have_them(tmp_path, form):
+    """With DDP's and torch.compile's prefixes, in the old torch.save format, by the folder that holds ema.safetensors."""
+    torch.manual_seed(0)
+    theirs = build("SiT-S/8", teacher_dim=None)
+    state, path = theirs.state_dict(), tmp_path / "x.pt"
+    if form == "folder":
+        path = tmp_path
+        save_file(state, tmp_path / "ema.safetensors")
+    elif form == "old format":
+        torch.save(dict(ema=state), path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save(dict(ema={form + key: value for key, value in state.items()}), path)
+    assert all(torch.equal(value, state[key]) for key, value in load_model(path)[0].state_dict().items())
+
+
+def test_dits_weights_are_not_taken_for_sits(tmp_path):
+    torch.save(build("SiT-S/8", learn_sigma=True, teacher_dim=None).state_dict(), tmp_path / "DiT-XL-2-256x256.pt")
+    with pytest.raises(ValueError, match="DiT predicts noise, not a velocity"):
+        load_model(tmp_path / "DiT-XL-2-256x256.pt")

@@ -590,6 +590,54 @@ def test_an_image_file_cut_short_is_named(configure, teacher_file, tmp_path, wor
     assert "\n" not in str(error.value)
 
 
+def test_what_cannot_be_written_is_said_at_the_start(configure, teacher_file, tmp_path, monkeypatch):
+    (tmp_path / "folder.json").mkdir()
+    configure(FEATURES=str(teacher_file), OUT=str(tmp_path / "folder.json"))
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(ValueError, match="folder.json: is a folder; set OUT to a file's path"):
+        fid.main()
+
+
+def test_figures_are_printed_before_they_are_written(configure, teacher_file, monkeypatch, capsys):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    configure(FEATURES=str(teacher_file))
+    monkeypatch.setattr(fid, "write_atomically", full)
+    with pytest.raises(OSError):
+        fid.main()
+    assert "frechet_distance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("constants, message", [
+    (dict(BATCH_SIZE=0), "BATCH_SIZE = 0; allowed: whole number from 1"),
+    (dict(WORKERS=-1), "WORKERS = -1; allowed: whole number from 0"),
+    (dict(SAMPLES=None), "SAMPLES = None; allowed: path"),
+    (dict(FEATURES_SIZE=0), "FEATURES_SIZE = 0; allowed: whole number from 1 or None")])
+def test_settings_out_of_range_are_refused(configure, constants, message):
+    configure(**constants)
+    with pytest.raises(ValueError, match=message):
+        fid.main()
+
+
+def test_inception_score_of_images_sorted_by_class_is_that_of_shuffled_ones():
+    classes, count = 20, 10_000
+    labels = np.sort(np.arange(count) % classes)
+    probs = np.full((count, classes), 0.3 / classes)
+    probs[np.arange(count), labels] += 0.7
+    shuffled = probs[np.random.default_rng(1).permutation(count)]
+    assert fid.inception_score(probs)[0] == pytest.approx(fid.inception_score(shuffled)[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["test_maxvit", "halonet26t"])
+def test_networks_that_take_no_such_size_are_refused_in_one_line(configure, monkeypatch, name):
+    create = fid.timm.create_model
+    monkeypatch.setattr(fid.timm, "create_model", lambda name, pretrained, **settings: create(name, **settings))
+    configure(FEATURES=name)
+    with pytest.raises(ValueError, match=f"{name} takes no images of 224 pixels"):
+        fid.main()
+
+
 def test_features_that_are_not_finite_are_named(configure, teacher_file, tmp_path):
     damaged = tmp_path / "damaged.safetensors"
     with safe_open(teacher_file, "pt") as file:

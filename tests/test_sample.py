@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,46 @@ def test_bad_input_is_refused(draw, run_dir, tmp_path):
             draw("x", **{"CHECKPOINT": None, "CLASSES": None, "MODE": "sde", "SOLVER": "euler",
                          "CLASS_SAMPLING": "uniform", "SPACING": 1.0, **constants})
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("constants, message", [
+    (dict(STEPS=0), "STEPS = 0; allowed: whole number from 1"),
+    (dict(GUIDANCE=(0.7, 0.3)), "GUIDANCE .* the interval's lower end comes first"),
+    (dict(GUIDANCE=(0, 250)), "GUIDANCE = .*allowed: two numbers from 0 to 1"),
+    (dict(CFG_SCALE="1.5"), "CFG_SCALE = '1.5'; allowed: number from 0"),
+    (dict(NUM_SAMPLES=-1), "NUM_SAMPLES = -1; allowed: whole number from 0"),
+    (dict(BATCH_SIZE=0), "BATCH_SIZE = 0; allowed: whole number from 1"),
+    (dict(CLASSES=[1.5]), r"CLASSES \[1.5\] must name"),
+    (dict(GRID=8), "GRID = 8; allowed: two whole numbers from 0 or None"),
+])
+def test_settings_out_of_range_are_refused(draw, constants, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw("x", **constants)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("grid", [None, (0, 8)])
+def test_no_grid(draw, grid, tmp_path, monkeypatch, run_dir):
+    set_constants(monkeypatch, sample, RUN_DIR=str(run_dir), OUT=str(tmp_path / "n"), NUM_SAMPLES=2, STEPS=2, GRID=grid,
+                  COMPILE=False)
+    sample.main()
+    assert sorted(path.name for path in (tmp_path / "n").iterdir()) == ["samples.json", "samples.npz"]
+
+
+def test_samples_lie_beside_their_run_unless_told(monkeypatch, tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    set_constants(monkeypatch, sample, RUN_DIR="mine", OUT=None, NUM_SAMPLES=2, STEPS=2, GRID=(2, 2), COMPILE=False)
+    sample.main()
+    assert (tmp_path / "mine/samples/samples.npz").exists() and [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_no_room_for_the_last_file_is_said_before_drawing(draw, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(sample, "save_pictures", lambda *_: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match="no room for .* bytes of samples.npz beside what is drawn; make room"):
+        draw("x")
 
 
 def test_guidance_needs_a_model_that_knows_no_label(draw, tmp_path):

@@ -115,6 +115,22 @@ def test_unknown_name_is_refused():
         Teacher("vit_gigantic", (0,), 28)
 
 
+@pytest.mark.parametrize("name, message", [
+    ("vit_base_patch14_dinov2.lvd142", "called 'vit_base_patch14_dinov2.lvd142'; choose one of vit_base_patch14_dinov2.lvd142m"),
+    ("vit_large_patch14_224", "of 'vit_large_patch14_224'; choose another network")])
+def test_weights_that_there_are_not_do_not_blame_the_connection(name, message):
+    with pytest.raises(ValueError, match=f"timm has no weights {message}"):
+        load_network(name)
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "tiny_vit_5m_224", "xcit_nano_12_p16_224", "volo_d1_224"])
+def test_networks_of_other_kinds_are_refused_as_teachers(name, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **settings: create(name, **settings))
+    with pytest.raises(ValueError, match="has no attention of the usual kind; choose a timm VisionTransformer"):
+        teacher.teacher_for_grid(name, (1,), 7)
+
+
 def test_weights_that_cannot_be_fetched():
     with pytest.raises(ValueError, match=r"weights of 'vit_base_patch14_dinov2.lvd142m' could not be fetched"):
         Teacher("vit_base_patch14_dinov2.lvd142m", (8,), 224)

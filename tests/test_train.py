@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, small_constants
 from test_model import ShapeRecorder
 
+import checkpoint
 import sample
 import train
 from teacher import Teacher
@@ -83,7 +84,8 @@ def final_state(run, step=12):
     folder = Path(run) / f"checkpoints/step_{step:07d}"
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype)
                for key, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()}
-    with warnings.catch_warnings(action="ignore"):  # that it runs in one process
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs in one process
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     state = {"progress": json.loads((folder / "progress.json").read_text())}
     for key, tensor in tensors.items():
@@ -605,9 +607,19 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
     (dict(PATH="straight"), "unknown PATH 'straight'"),
     (dict(TRIGGER="moon"), "unknown TRIGGER 'moon'"),
     (dict(BATCH_SIZE=9, MICRO_BATCHES=2), "BATCH_SIZE 9 does not divide among 1 processes times 2 MICRO_BATCHES; the nearest that does is 8"),
-    (dict(LAYER_PAIRS=[(6, 2)]), r"LAYER_PAIRS \[\(6, 2\)\]: the student layers must lie in 0\.\.5"),
+    (dict(LAYER_PAIRS=[(6, 2)]), r"LAYER_PAIRS \[\(6, 2\)\]: a list of .student, teacher. layers, the student's in 0\.\.5"),
     (dict(LAYER_PAIRS=[(1, 4)]), r"teacher layers \[4\] must lie in 0\.\.3; change LAYER_PAIRS"),
-    (dict(ALIGN_DEPTH=7), r"align_depth 7 is not one of the model's blocks 1\.\.6"),
+    (dict(ALIGN_DEPTH=7), r"ALIGN_DEPTH 7 is not one of SiT-T/4's blocks 1\.\.6"),
+    (dict(ALIGN_DEPTH=8, FEATURE_WEIGHT=0), "ALIGN_DEPTH 8 is not one of"),
+    (dict(STEPS=-1), "STEPS = -1; allowed: whole number from 0"),
+    (dict(STEPS=1.5), "STEPS = 1.5; allowed: whole number from 0"),
+    (dict(MICRO_BATCHES=0), "MICRO_BATCHES = 0; allowed: whole number from 1"),
+    (dict(LEARNING_RATE="1e-4"), "LEARNING_RATE = '1e-4'; allowed: number from 0"),
+    (dict(LABEL_DROPOUT=10), "LABEL_DROPOUT = 10; allowed: number from 0 to 1"),
+    (dict(COMPILE="no"), "COMPILE = 'no'; allowed: True or False"),
+    (dict(CONFLICT_TIMES=(0.5, 20)), "CONFLICT_TIMES = .*allowed: numbers from 0 to 1"),
+    (dict(PREVIEW_GRID=8), "PREVIEW_GRID = 8; allowed: two whole numbers from 1"),
+    (dict(LAYER_PAIRS=[4, 5]), "a list of .student, teacher. layers"),
     (dict(TEACHER="absent.safetensors"), "absent.safetensors: no such file"),
     (dict(TEACHER="resnet18"), "'resnet18' could not be fetched"),
     (dict(TRACKER="abacus"), "unknown TRACKER 'abacus'"),
@@ -618,6 +630,152 @@ def test_bad_settings_are_refused_before_the_run_folder_is_touched(small_run, co
     with pytest.raises(ValueError, match=message):
         train.main()
     assert not run.exists()
+
+
+def test_whole_floats_and_none_are_taken_as_users_mean_them(small_run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small_run(STEPS=4.0, ALIGN_STEPS=2e0, LOG_EVERY=None, CHECKPOINT_EVERY=0, CHECKPOINTS_KEPT=0, PREVIEW_EVERY=None,
+              RUN_DIR="~/home run")
+    train.main()
+    run = tmp_path / "home run"
+    assert [row["step"] for row in read_log(run)] == ["2", "4"]  # the switch and the end alone
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000004"]
+    small_run(STEPS=8, CHECKPOINT_EVERY=2, CHECKPOINTS_KEPT=None, KEEP_EVERY=None, RUN_DIR="~/home run")
+    train.main()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000008"]
+
+
+def test_steps_below_what_is_done_say_so(small_run, capsys):
+    small_run(STEPS=4)
+    train.main()
+    small_run(STEPS=3)
+    train.main()
+    assert "step 4: done; raise STEPS to train on" in capsys.readouterr().out
+
+
+def test_more_steps_than_seven_digits(tmp_path):
+    for step in (9_999_999, 10_000_000):
+        (tmp_path / f"checkpoints/step_{step:07d}").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_10000001.tmp").mkdir()
+    assert [path.name for path in checkpoint.finished(tmp_path)] == ["step_9999999", "step_10000000"]
+
+
+def test_nothing_of_others_is_removed(small_run):
+    run = small_run(STEPS=2)
+    for name in ("thesis.tmp/chapter.tex", "config.tmpl.yaml", "other/checkpoints/step_0000400.tmp/shard",
+                 "checkpoints/notes.tmp/x"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("precious")
+    (run / "checkpoints/step_0000400.tmp").mkdir()  # what a killed run was writing
+    train.main()
+    assert len([path for path in run.rglob("*") if path.is_file() and path.read_text(errors="ignore") == "precious"]) == 4
+    assert not (run / "checkpoints/step_0000400.tmp").exists()
+
+
+def test_a_run_in_which_another_process_works_is_refused(small_run, tmp_path):
+    run = small_run(STEPS=4)
+    train.main()
+    script = f"import prepare_latents, pathlib; lock = prepare_latents.lock_folder(pathlib.Path({str(run)!r}), 'x'); " \
+             f"print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    small_run(STEPS=6)
+    with pytest.raises(ValueError, match=f"process {other.pid} on .* is at work here; wait for its end, or choose another RUN"):
+        train.main()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other.kill()  # the lock dies with its process
+    other.wait()
+    train.main()
+    assert (run / "checkpoints/step_0000006").exists()
+
+
+def test_a_teacher_under_another_spelling_is_the_same(small_run, teacher_file, monkeypatch):
+    monkeypatch.chdir(teacher_file.parent)
+    small_run(STEPS=2, TEACHER=teacher_file.name)
+    train.main()
+    small_run(STEPS=4, TEACHER=f"./{teacher_file.name}")
+    train.main()
+
+
+@pytest.mark.parametrize("error, remedy", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU's memory is full; set a smaller BATCH"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "set fewer WORKERS, or 0"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "no room in /dev/shm"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install one, or set COMPILE = False"),
+])
+def test_what_libraries_raise_becomes_one_line_with_a_remedy(small_run, monkeypatch, error, remedy):
+    def fail(*_):
+        raise error
+
+    small_run()
+    monkeypatch.setattr(train, "compute_losses", fail)
+    with pytest.raises(OSError, match=re.escape(remedy)):
+        train.main()
+
+
+def test_our_own_mistakes_keep_their_kind(small_run, monkeypatch):
+    small_run()
+    monkeypatch.setattr(train, "compute_losses", lambda *_: {}["a mistake"])
+    with pytest.raises(KeyError):
+        train.main()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_whoever_reads_it(small_run, data_dir, tmp_path, workers):
+    folder = shutil.copytree(data_dir, tmp_path / "damaged")
+    offsets, packed = np.load(folder / "image_offsets.npy"), bytearray((folder / "images.bin").read_bytes())
+    for at in offsets[:-1]:
+        packed[at : at + 8] = b"garbage!"
+    (folder / "images.bin").write_bytes(packed)
+    small_run(DATA_DIR=str(folder), WORKERS=workers)
+    with pytest.raises(ValueError, match=r"^[^\n]*images.bin: image \d+ is damaged [^\n]*$"):
+        train.main()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_readmes_experiment_needs_no_guard_where_pythons_default_is_not_to_fork(run_process, tmp_path, method):
+    extra = f"import multiprocessing; multiprocessing.set_start_method({method!r}, force=True)"
+    ended = run_process(tmp_path / "run", extra=extra, WORKERS=2, STEPS=2)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+
+
+WANDB = """
+import os
+def init(**settings):
+    print("WANDB", settings["id"], set(settings["id"]) <= set("0123456789abcdef"))
+    if os.environ.get("NO_KEY"):
+        raise KeyError("No API key configured")
+    return type("Run", (), dict(step=int(os.environ.get("STEP", 0))))
+def log(values, step):
+    print("LOGGED", step)
+"""
+
+
+def test_wandb(small_run, monkeypatch, tmp_path, capsys):
+    """By a stand-in for the package: its errors in one line, an id by the folder's place, no step twice."""
+    (tmp_path / "site/wandb").mkdir(parents=True)
+    (tmp_path / "site/wandb/__init__.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in ("lr=1; a/base", "b/base"):
+        small_run(TRACKER="wandb", STEPS=3, RUN_DIR=str(tmp_path / name))
+        train.main()
+    said = re.findall("WANDB (.*)", capsys.readouterr().out)
+    assert len(set(said)) == 2 and all(line.endswith("True") for line in said)
+    monkeypatch.setenv("STEP", "9")
+    small_run(TRACKER="wandb", STEPS=12)
+    train.main()
+    assert re.findall("LOGGED (.*)", capsys.readouterr().out) == ["9", "12"]
+    monkeypatch.setenv("NO_KEY", "1")
+    small_run(TRACKER="wandb", RUN_DIR=str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="TRACKER 'wandb': .*No API key configured.*set it to None"):
+        train.main()
+    shutil.rmtree(tmp_path / "site/wandb")
+    (tmp_path / "site/wandb").mkdir()  # a folder of that name is no package
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="package not installed; pip install wandb"):
+        train.main()
 
 
 def test_half_written_data_set_is_refused(small_run, data_dir, tmp_path):
@@ -684,8 +842,12 @@ def test_tensorboard_gets_the_log(small_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run = small_run(TRACKER="tensorboard", STEPS=6)
     train.main()
+    shutil.rmtree(run / "checkpoints/step_0000006")  # as if killed before it: steps 5 and 6 are made again
+    train.main()
     events = EventAccumulator(str(run)).Reload()
-    logged = {event.step: event.value for event in events.Scalars("denoising_loss")}
+    events = events.Scalars("denoising_loss")
+    assert [event.step for event in events] == [3, 6]
+    logged = {event.step: event.value for event in events}
     assert logged == {int(row["step"]): pytest.approx(float(row["denoising_loss"])) for row in read_log(run)}
 
 

@@ -1,5 +1,8 @@
 """The SD-VAE: diffusers' numbers, names and files."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,3 +65,11 @@ def test_vae_that_cannot_be_loaded(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="not the weights of a diffusers AutoencoderKL"):
         load_vae(tmp_path)
+
+
+def test_a_vae_whose_latents_want_normalising_is_refused(vae_folder, tmp_path):
+    shutil.copytree(vae_folder[0], tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(dict(config, shift_factor=0.1159)))
+    with pytest.raises(ValueError, match="latents that are to be shifted or normalised by channel"):
+        load_vae(tmp_path / "vae")
