@@ -226,10 +226,11 @@ def test_interrupted_between_log_lines_resumes_bit_exact(small_run, monkeypatch,
     draw_noise = train.draw_noise
     monkeypatch.setattr(train, "draw_noise", lambda step, *args: (step in (4, 7) and os.kill(os.getpid(), signal.SIGINT),
                                                                   draw_noise(step, *args))[1])
+    handler = signal.getsignal(signal.SIGINT)
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
             train.main()
-        assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is handler
     monkeypatch.setattr(train, "draw_noise", draw_noise)
     train.main()
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
@@ -733,7 +734,7 @@ def test_a_damaged_image_is_named_whoever_reads_it(small_run, data_dir, tmp_path
         train.main()
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_readmes_experiment_needs_no_guard_where_pythons_default_is_not_to_fork(run_process, tmp_path, method):
     extra = f"import multiprocessing; multiprocessing.set_start_method({method!r}, force=True)"
     ended = run_process(tmp_path / "run", extra=extra, WORKERS=2, STEPS=2)
