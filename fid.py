@@ -74,8 +74,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(probs, splits=10):
     """(mean, std) over `splits` equal parts of exp(mean KL(p(y|x) || p(y))); probs [N, classes].
 
-    Parts of 1,000 or more, as ADM's, are made in a random order, always the same: sorted by class, as folders of classes
-    are, each part would hold few classes. Smaller ones stay in order."""
+    Parts of 1,000 or more, as ADM's, are made in a random order, always the same: sorted by class, as folders of
+    classes are, each part would hold few classes. Smaller ones stay in order."""
     scores, probs = [], np.asarray(probs)
     if len(probs) >= 1000 * splits:
         probs = probs[np.random.default_rng(0).permutation(len(probs))]
@@ -283,8 +283,8 @@ def load_features(device):
         features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
     except Exception as error:  # of each kind of network its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{FEATURES} takes no images of {size} pixels ({reason}); set FEATURES_SIZE to a multiple of its "
-                         f"patch size, or to None") from error
+        raise ValueError(f"{FEATURES} takes no images of {size} pixels ({reason}); set FEATURES_SIZE to a multiple of "
+                         f"its patch size, or to None") from error
     return features, dict(features=str(FEATURES), features_size=size, weights_sha256=digest.hexdigest())
 
 
@@ -368,8 +368,8 @@ class ImageFolder:
             try:
                 pixels[:] = read_image(self.files[row].read_bytes())
             except (OSError, ValueError) as error:
-                raise ValueError(f"{self.files[row]}: cannot be read as an image ({error}); replace it or take it out") \
-                    from error
+                raise ValueError(f"{self.files[row]}: cannot be read as an image ({error}); replace it or take it "
+                                 f"out") from error
         return (batch.permute(0, 3, 1, 2),)
 
 
@@ -485,8 +485,9 @@ def main():
     # processes, and what to compare
     rank, world, device = start_processes()
     check_constants(globals(), {
-        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS", "whole number from 1": "BATCH_SIZE "
-        "DISTANCES", "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1 or None": "FEATURES_SIZE"})
+        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS",
+        "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1": "BATCH_SIZE DISTANCES",
+        "whole number from 1 or None": "FEATURES_SIZE"})
     check_writable(OUT)
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)

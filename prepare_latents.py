@@ -116,8 +116,8 @@ def exit_status(number):
 
 
 def ends_in_one_line(main):
-    """A script's main(). Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with one line; a
-    second one at once. What libraries raise and the user can mend becomes an OSError with a remedy."""
+    """A script's main(). Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with one line;
+    a second one at once. What libraries raise and the user can mend becomes an OSError with a remedy."""
     def stop(number, _):
         signal.signal(number, signal.SIG_DFL)
         print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
@@ -125,7 +125,7 @@ def ends_in_one_line(main):
 
     @wraps(main)
     def until_its_end():
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a loader's process that runs the script
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a loader's process runs the script
             sys.exit("this system's loader processes run the script again: put its last lines under "
                      "if __name__ == '__main__':, or set WORKERS = 0")
         here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
@@ -148,12 +148,12 @@ def in_one_line(error):
     lines = str(error).strip().splitlines() or [""]
     caught = "Caught " in lines[0] and "DataLoader worker process" in lines[0]  # in a loader's process
     text = lines[-1].removeprefix(f"{type(error).__name__}: ") if caught else lines[0]
-    for sign, remedy in (("OutOfMemoryError", "the GPU's memory is full; set a smaller BATCH_SIZE, in training a larger "
-                                              "MICRO_BATCHES"),
-                         ("DataLoader worker", "a loader's process was ended, for lack of memory or of room in /dev/shm; "
-                                               "set fewer WORKERS, or 0"),
-                         ("shared memory", "no room in /dev/shm for what loaders send; enlarge it, or set WORKERS = 0"),
-                         ("ompiler", "torch.compile found no working C++ compiler; install one, or set COMPILE = False")):
+    for sign, remedy in (
+            ("OutOfMemoryError", "the GPU's memory is full; set a smaller BATCH_SIZE, in train.py more MICRO_BATCHES"),
+            ("DataLoader worker", "a loader's process was ended, for lack of memory or of room in /dev/shm; set fewer "
+                                  "WORKERS, or 0"),
+            ("shared memory", "no room in /dev/shm for what loaders send; enlarge it, or set WORKERS = 0"),
+            ("ompiler", "torch.compile found no working C++ compiler; install one, or set COMPILE = False")):
         if isinstance(error, RuntimeError) and sign in f"{type(error).__name__}: {text if caught else error}":
             return OSError(f"{remedy} ({text[:200]})")
     if isinstance(error, RuntimeError):
@@ -204,8 +204,8 @@ def leave_process_group(_):
 
 
 def check_constants(constants, rules, **choices):
-    """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices. Rules
-    are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]".
+    """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices.
+    Rules are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]".
 
     Whole floats become ints, None becomes 0 where that is allowed, ~ is expanded. Raises ValueError that names the
     constant, its value and what is allowed.
@@ -224,7 +224,8 @@ def check_constants(constants, rules, **choices):
             listed = [0 if each is None and whole and low == "0" else each for each in listed]
             good = all(isinstance(each, numbers.Real) and not isinstance(each, bool)
                        and float(low) <= each <= float(high or 1e300) and (bound == "from" or each > float(low))
-                       and (not whole or each % 1 == 0) for each in listed) and len(listed) == (2 if two else len(listed) or 1)
+                       and (not whole or each % 1 == 0) for each in listed)
+            good = good and len(listed) == (2 if two else len(listed) or 1)
             if good:
                 value = tuple(int(each) if whole else each for each in listed)
                 value = value if many else value[0]
@@ -248,8 +249,8 @@ def check_writable(path):
 
 
 def lock_folder(folder, constant):
-    """Claims a folder: until the file that it returns is closed, at the latest when the process ends, others are refused
-    with a ValueError. Systems and disks without such locks are taken as they are."""
+    """Claims a folder: until the file that it returns is closed, at the latest when the process ends, others are
+    refused with a ValueError. Systems and disks without such locks are taken as they are."""
     file = open(folder / "lock", "a+")
     try:
         import fcntl
@@ -339,8 +340,8 @@ def follow_links(places, links):
 
 
 def list_tar(file):
-    """{name: (first byte, bytes, False)} of every file in a tar, folders' names ending with /. A tar inside it counts as
-    a folder of its own name; of several files of one name the last counts, as in unpacking."""
+    """{name: (first byte, bytes, False)} of every file in a tar, folders' names ending with /. A tar inside it counts
+    as a folder of its own name; of several files of one name the last counts, as in unpacking."""
     places, links = {}, {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
@@ -391,8 +392,8 @@ def to_8_bit(image):
     return image
 
 
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-           8: "ROTATE_90"}  # what turns an image of this EXIF orientation upright
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+           7: "TRANSVERSE", 8: "ROTATE_90"}  # what turns an image of this EXIF orientation upright
 
 
 def read_image(content):
@@ -426,8 +427,9 @@ class ImageFiles:
         is_folder = self.root.is_dir()
         try:
             names = list(list_folder(root)) if is_folder else [""]
-            tars = [name for name in names if name.endswith(".tar")] if is_folder else names
-            if is_folder:  # a class without images still has its number
+            tars = names
+            if is_folder:  # a class without images still has its number; tars left beside images are no part of them
+                tars = [] if image_names(names) else [name for name in names if name.endswith(".tar")]
                 places = {name: (-1, 0, 0, False) for name in {*names} - {*tars}}
                 folders = {f"{entry.name}/" for entry in os.scandir(root) if entry.is_dir()}
             for number, name in enumerate(tars):
@@ -449,8 +451,8 @@ class ImageFiles:
         while len(parts(names)) == 1 and all(name.count("/", len(top)) > 1 for name in names):
             top += f"{parts(names).pop()}/"
         if "train" in parts(names) and parts(names) <= {"train", "val", "valid", "validation", "test"}:
-            raise ValueError(f"{root}: {', '.join(sorted(parts(names)))} are parts of a data set, no classes; set SOURCE "
-                             f"to {self.root / top / 'train'}")
+            raise ValueError(f"{root}: {', '.join(sorted(parts(names)))} are parts of a data set, no classes; set "
+                             f"SOURCE to {self.root / top / 'train'}")
         top = inner if is_folder else top
         self.unclassed = sum("/" not in name[len(top):] for name in names)
         self.ignored = sum(name[-1] != "/" for name in places) - len(names)
@@ -469,18 +471,21 @@ class ImageFiles:
         self.fingerprint = zlib.crc32(self.names.tobytes() + self.starts.tobytes() + self.sizes.tobytes())
 
     def take_webdatasets_labels(self, names, places):
-        """Where the images of an archive have a .cls or .json ("label") file beside them: the classes that these say."""
+        """Where an archive's images have a .cls or .json ("label") file beside them: the classes that these say."""
         labels = []
         for name in names:
             stem = name[: name.index(".", name.rindex("/"))]
             beside = next((stem + end for end in (".cls", ".json") if stem + end in places), None)
-            if places[name][0] >= 0 and beside:
-                said = json.loads(self.content(*places[beside]))
-                labels.append(said.get("label") if isinstance(said, dict) else said)
-            if not labels or labels[0] is None:  # none of webdataset's kind
+            try:
+                said = json.loads(self.content(*places[beside])) if places[name][0] >= 0 and beside else None
+            except ValueError:
+                said = "no number"
+            label = said.get("label") if isinstance(said, dict) else said
+            if not labels and label is None:  # none of webdataset's kind
                 return
-            if len(labels) <= len(labels[:-1]) or not isinstance(labels[-1], int):
-                raise ValueError(f"{self.root}: {name} has no class in a .cls or .json file beside it, as others have")
+            if not isinstance(label, int):
+                raise ValueError(f"{self.root}: {name} has no class number in a .cls or .json file beside it")
+            labels.append(label)
         self.labels, self.classes = np.array(labels), [str(label) for label in range(max(labels) + 1)]
 
     def follow(self, names, labels, checksum):
@@ -537,7 +542,7 @@ class ParquetFiles:
             self.labels = np.concatenate([file.read(["label"])["label"].to_numpy() for file in files])
             self.classes = features["label"]["names"]
         except Exception as error:  # pyarrow's own kinds
-            raise ValueError(f"{root}: no images with labels as the hub's parquet files have them ({error!r})") from error
+            raise ValueError(f"{root}: no images with labels as in the hub's parquet files ({error!r})") from error
         self.groups = [(path, group) for path, file in zip(self.paths, files) for group in range(file.num_row_groups)]
         rows = [file.metadata.row_group(group).num_rows for file in files for group in range(file.num_row_groups)]
         self.ends, self.open = np.cumsum(rows), (None, None)
@@ -551,7 +556,7 @@ class ParquetFiles:
         group = int(np.searchsorted(self.ends, i, "right"))
         if self.open[0] != group:  # images are asked for in order, and a group holds a hundred
             path, number = self.groups[group]
-            self.open = group, parquet.ParquetFile(path).read_row_group(number, ["image"])["image"]
+            self.open = group, parquet.ParquetFile(path).read_row_group(number, ["image"], use_threads=False)["image"]
         return read_image(self.open[1][int(i - self.ends[group])]["bytes"].as_py())
 
 
@@ -648,8 +653,8 @@ def describe(source):
     """Prints what was understood of a source before the work starts."""
     classes, counts = source.classes, np.bincount(source.labels, minlength=len(source.classes))
     synsets = timm.data.ImageNetInfo().label_names() if len(classes) == 1000 else None
-    print(f"{SOURCE}: {len(source.labels):,} images of {len(classes):,} classes, from {classes[0]!r} ({counts[0]:,}) to "
-          f"{classes[-1]!r} ({counts[-1]:,})"
+    print(f"{SOURCE}: {len(source.labels):,} images of {len(classes):,} classes, from {classes[0]!r} ({counts[0]:,}) "
+          f"to {classes[-1]!r} ({counts[-1]:,})"
           + ("" if synsets is None else "; ImageNet's, in their order" if list(classes) == synsets else
              "; their names are not ImageNet's 1,000 synsets in order"))
 
@@ -788,8 +793,8 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
 
 
 def comparable(settings):
-    """The settings, but for what makes no difference: a path's spelling, and which of Stable Diffusion's fine-tuned VAEs,
-    whose encoder is the same, so that a folder serves both."""
+    """The settings, but for what makes no difference: a path's spelling, and which of Stable Diffusion's two fine-tuned
+    VAEs, whose encoder is the same, so that a folder serves both."""
     return dict(settings, source=os.path.realpath(settings["source"]),
                 vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
 
@@ -967,6 +972,8 @@ def main():
     begun = json.loads(plan_file.read_text()) if plan_file.exists() else None
     if begun and begun["names_checksum"] != source.fingerprint and names_file.exists():
         source.follow(**np.load(names_file), checksum=begun["names_checksum"])
+    if source.labels.min() < 0:
+        raise ValueError(f"{SOURCE}: has labels below 0, as test splits without labels do; choose the training images")
     count, brought = len(source.labels), isinstance(source, PublishedLatents)
     if VAE is None:
         vae, vae_meta, shape = None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)

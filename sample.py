@@ -366,8 +366,8 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     wait_for_all()
     images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     if shutil.disk_usage(out).free < images.nbytes:
-        raise ValueError(f"{out}: no room for {images.nbytes:,} bytes of samples.npz beside what is drawn; make room, or "
-                         f"choose another OUT")
+        raise ValueError(f"{out}: no room for {images.nbytes:,} bytes of samples.npz beside what is drawn; make room, "
+                         f"or choose another OUT")
     missing = np.flatnonzero(~done)
     wait_for_all()  # all have seen the same before one goes on
     if rank == 0:  # while the others begin

@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import checkpoint
@@ -59,9 +58,8 @@ ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
 TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
 CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
 CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what; in whole batches
-# "conflict": phase II starts when their mean falls below this, the paper's SiT-B/2 example. For XL/2, by the paper's
-# own table, the same mean stays between -0.004 and +0.023 until step 290,000: it would not have fired.
-CONFLICT_BELOW = -0.05
+CONFLICT_BELOW = -0.05  # "conflict" ends phase I when their mean falls below: the paper's SiT-B/2 example. For XL/2, by
+# the paper's own table, the mean stays between -0.004 and +0.023 until step 290,000: it would not have fired
 # optimisation
 STEPS = 500_000  # 100 epochs of ImageNet
 BATCH_SIZE = 256  # images per step over all GPUs
@@ -123,7 +121,7 @@ def attention_loss_of_qk(student, teacher):
     for (q, k), (teacher_q, teacher_k) in zip(student, teacher, strict=True):
         heads, N = min(q.shape[1], teacher_q.shape[1]), q.shape[2]
         q, k, teacher_q, teacher_k = (each[:, :heads] for each in (q, k, teacher_q, teacher_k))
-        loss_of = of_rows if N <= 256 else partial(recomputed, of_rows, use_reentrant=False)
+        loss_of = of_rows if N <= 256 else partial(torch.utils.checkpoint.checkpoint, of_rows, use_reentrant=False)
         losses.append(sum(rows.shape[2] / N * loss_of(rows, k, targets, teacher_k)
                           for rows, targets in zip(q.split(256, dim=2), teacher_q.split(256, dim=2))))
     return torch.stack(losses).mean()
@@ -186,10 +184,8 @@ def open_batches(data, steps, rank, world, device):
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
-    """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1.
-
-    Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing.
-    """
+    """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1. Drawn
+    for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing."""
     generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
@@ -244,26 +240,24 @@ def check_settings(world):
         "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
         TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"))
 
-    def need(condition, message):
-        if not condition:
+    parts, depth, package = world * MICRO_BATCHES, MODELS[MODEL]["depth"], TRACKER and importlib.util.find_spec(TRACKER)
+    pairs_fit = LAYER_PAIRS and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in range(depth)
+                                    for pair in LAYER_PAIRS)
+    for good, message in (
+            (not TRACKER or package and package.origin,  # a folder of that name is no package
+             f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None"),
+            (BATCH_SIZE % parts == 0,
+             f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; "
+             f"the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}"),
+            (TRIGGER == "step" or CONFLICT_EVERY,
+             "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps"),
+            (not ALIGN_STEPS or ALIGN_DEPTH <= depth,
+             f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these"),
+            (not (ALIGN_STEPS and ATTENTION_WEIGHT) or pairs_fit,
+             f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the student's in 0..{depth - 1}; set "
+             f"ATTENTION_WEIGHT to 0 for none")):
+        if not good:
             raise ValueError(message)
-
-    found = TRACKER and importlib.util.find_spec(TRACKER)
-    need(not TRACKER or found and found.origin,  # a folder of that name is no package
-         f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
-    parts, depth = world * MICRO_BATCHES, MODELS[MODEL]["depth"]
-    need(BATCH_SIZE % parts == 0,
-         f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; the "
-         f"nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
-    need(TRIGGER == "step" or CONFLICT_EVERY,
-         "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
-    need(not ALIGN_STEPS or ALIGN_DEPTH <= depth,
-         f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these")
-    pairs = [pair for pair in LAYER_PAIRS or () if isinstance(pair, (tuple, list)) and len(pair) == 2]
-    need(not (ALIGN_STEPS and ATTENTION_WEIGHT) or pairs and len(pairs) == len(LAYER_PAIRS)
-         and all(s in range(depth) and isinstance(p, int) for s, p in pairs),
-         f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the student's in 0..{depth - 1}; set "
-         f"ATTENTION_WEIGHT to 0 for none")
 
 
 def append(path, line):
@@ -293,9 +287,9 @@ def open_tracker(run, settings, step):
         place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
         try:
             there = wandb.init(project="nanohaste", name=run.name, id=place, dir=run, config=settings, resume="allow")
+            done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
         except Exception as error:  # of its own kinds, which are not ours to import
             raise ValueError(f"TRACKER 'wandb': {error}; mend that, or set it to None") from error
-        done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
         return lambda step, values: wandb.log(values, step=step) if step >= done else None
     return lambda step, values: None
 
@@ -304,9 +298,8 @@ def open_tracker(run, settings, step):
 def flops_per_image(model, teacher):
     """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
 
-    The products of L transformer blocks of width D on N tokens: L (24 N D^2 + 4 N^2 D), for the student three times
-    (its backward pass makes two), for the frozen teacher once. What is recomputed does not count, nor do embedders,
-    projector and alignment losses: 2 % in phase I of SiT-XL/2.
+    The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
+    pass makes two), the frozen teacher's once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
     """
     _, N, D = model.pos_embed.shape
     blocks = [(3 * len(model.blocks), N, D)]
@@ -383,12 +376,9 @@ def main():
     settings, run = checkpoint.describe(globals(), data, sit), Path(RUN_DIR)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
-
-    def phase_one_is_over():
-        return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
-
-    # phase I; once False it stays False
-    aligning = aligning and (FEATURE_WEIGHT > 0 or ATTENTION_WEIGHT > 0) and not phase_one_is_over()
+    phase_one_is_over = lambda: step >= ALIGN_STEPS or (
+        TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
+    aligning = aligning and (FEATURE_WEIGHT or ATTENTION_WEIGHT) > 0 and not phase_one_is_over()  # once False, for good
 
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
@@ -420,8 +410,7 @@ def main():
 
     # run folder: what is needed to repeat the run
     if rank == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (run / "previews").mkdir(exist_ok=True)
+        (run / "previews").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run, "RUN_DIR")  # noqa: F841 - held until main() ends
         if checkpoint.finished(run)[-1:] != [saved] * bool(saved):
             raise ValueError(f"{run}: another process has just trained on here; give the same command again")
@@ -454,8 +443,7 @@ def main():
         f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the "
         f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
 
-    # from here on a signal to any process lets all finish the step and save, then ends the program
-    signals = collect_stops()
+    signals = collect_stops()  # from here on a stop lets all processes finish the step and save
     batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
     logged_step, clock, stopped_by, failure = step, time.perf_counter(), 0, None

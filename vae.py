@@ -187,8 +187,8 @@ def load_vae(name):
         vae.load_state_dict(load_file(weights_file))
     except Exception as error:  # whatever a damaged file does to json, safetensors or torch, the user's remedy is one
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights_file}: not the weights of a diffusers AutoencoderKL, or damaged ({reason}); set VAE "
-                         f"to one of Stable Diffusion's, or fetch the file again") from error
+        raise ValueError(f"{weights_file}: not the weights of a diffusers AutoencoderKL, or damaged ({reason}); set "
+                         f"VAE to one of Stable Diffusion's, or fetch the file again") from error
     if any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
         raise ValueError(f"{config_file}: latents that are to be shifted or normalised by channel, which is not done "
                          f"here; set VAE to one of Stable Diffusion's")

@@ -52,8 +52,10 @@ def main():
     for name, passes in NETWORKS.items():
         out = f"data/{name}.safetensors"
         for number, constants in enumerate(passes):
-            where = dict(DATA_DIR=f"{WORK_DIR}/fashion_mnist_60000", TEST_DIR=f"{WORK_DIR}/fashion_mnist_10000", OUT=out)
-            for key, value in dict(constants, **where, START_FROM=out if number else None).items():
+            train_network.DATA_DIR = f"{WORK_DIR}/fashion_mnist_60000"
+            train_network.TEST_DIR = f"{WORK_DIR}/fashion_mnist_10000"
+            train_network.OUT, train_network.START_FROM = out, out if number else None
+            for key, value in constants.items():
                 setattr(train_network, key, value)
             train_network.main()
 

@@ -516,6 +516,33 @@ def test_webdatasets_tars(tmp_path, sidecar):
     assert all(abs(source[i].getpixel((0, 0))[0] - 10 * label) < 3 for i, label in enumerate(source.labels))
 
 
+def test_webdatasets_images_without_a_class_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "0000.tar", "w") as tar:
+        for name, label in (("a", "3"), ("b", None)):
+            save(tmp_path / "x/x.jpg", 1)
+            tar.add(tmp_path / "x/x.jpg", f"{name}.jpg")
+            if label:
+                (tmp_path / "x/x.cls").write_text(label)
+                tar.add(tmp_path / "x/x.cls", f"{name}.cls")
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(ValueError, match="0000/b.jpg has no class number in a .cls or .json file beside it"):
+        prepare_latents.open_source(tmp_path)
+
+
+def test_a_tar_left_beside_what_was_unpacked_is_no_class(tmp_path):
+    save(tmp_path / "src/n01/0.png", 1)
+    shutil.make_archive(str(tmp_path / "ILSVRC2012_img_train"), "tar", tmp_path / "src")
+    (tmp_path / "ILSVRC2012_img_train.tar").rename(tmp_path / "src/ILSVRC2012_img_train.tar")
+    assert values(prepare_latents.open_source(tmp_path / "src")) == dict(n01=[1])
+
+
+def test_a_test_split_without_labels_is_refused(prepare, published):
+    labels = json.loads((published / "vae-sd/dataset.json").read_text())["labels"]
+    (published / "vae-sd/dataset.json").write_text(json.dumps(dict(labels=[(name, -1) for name, _ in labels])))
+    with pytest.raises(ValueError, match="has labels below 0, as test splits without labels do"):
+        prepare(SOURCE=str(published), VAE="any")
+
+
 def test_a_folder_of_one_tar_per_class(tmp_path):
     for name in ("n01", "n02"):
         save(tmp_path / f"src/{name}/{name}_0.png", int(name[1:]))

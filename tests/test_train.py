@@ -211,7 +211,7 @@ def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_pr
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_the_whole_program(run_process, tmp_path, number, status):
+def test_a_signal_saves_and_exits_the_whole_program(run_process, tmp_path, number, status):
     stopped = run_process(tmp_path / "run", number, 4, after="print('went on')", CHECKPOINT_EVERY=100, WORKERS=1)
     assert stopped.returncode == status and "Traceback" not in stopped.stderr, stopped.stderr
     assert "went on" not in stopped.stdout
