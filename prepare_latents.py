@@ -652,11 +652,12 @@ def open_source(path):
 def describe(source):
     """Prints what was understood of a source before the work starts."""
     classes, counts = source.classes, np.bincount(source.labels, minlength=len(source.classes))
-    synsets = timm.data.ImageNetInfo().label_names() if len(classes) == 1000 else None
+    info = timm.data.ImageNetInfo()
+    in_order = list(classes) in (info.label_names(), info.label_descriptions())
     print(f"{SOURCE}: {len(source.labels):,} images of {len(classes):,} classes, from {classes[0]!r} ({counts[0]:,}) "
           f"to {classes[-1]!r} ({counts[-1]:,})"
-          + ("" if synsets is None else "; ImageNet's, in their order" if list(classes) == synsets else
-             "; their names are not ImageNet's 1,000 synsets in order"))
+          + ("" if len(classes) != 1000 else "; ImageNet's, in their order" if in_order else
+             "; by their names not ImageNet's 1,000 in order"))
 
 
 def pack(image):
@@ -1015,7 +1016,7 @@ def main():
         if not begun:
             for name in latents_files:
                 reserve(folder / name, (count, *shape))
-            if isinstance(source, ImageFiles):
+            if type(source) is ImageFiles:
                 np.savez(names_file, names=source.names, labels=source.labels)
             write_atomically(plan_file, lambda path: path.write_text(json.dumps(plan)))
     wait_for_all()

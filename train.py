@@ -184,8 +184,8 @@ def open_batches(data, steps, rank, world, device):
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
-    """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1. Drawn
-    for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing."""
+    """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1.
+    Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing."""
     generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from bench import write_prepared
 from conftest import ROOT, set_constants
@@ -797,3 +798,18 @@ def test_killed_at_any_moment_ends_in_the_same_bytes(photographs, vae_folder, tm
     assert int(result.stdout.splitlines()[-1].split()[0]) >= 20
     folders = list(tmp_path.glob("killed_*"))
     assert folders and all(contents(folder) == contents(tmp_path / "whole") for folder in folders)
+
+
+def test_imagenets_classes_are_recognised(tmp_path, monkeypatch, capsys):
+    names = timm.data.ImageNetInfo().label_names()
+    for name in names:
+        save(tmp_path / name / "0.bmp", 1)
+    source = prepare_latents.ImageFiles(tmp_path)
+    prepare_latents.describe(source)
+    (tmp_path / names[-1]).rename(tmp_path / "zebra")
+    prepare_latents.describe(prepare_latents.ImageFiles(tmp_path))
+    source.classes = timm.data.ImageNetInfo().label_descriptions()  # the hub's names
+    prepare_latents.describe(source)
+    said = capsys.readouterr().out.splitlines()
+    assert "1,000 images of 1,000 classes, from 'n01440764' (1) to 'n15075141' (1); ImageNet's, in their order" in said[0]
+    assert "not ImageNet's 1,000 in order" in said[1] and "ImageNet's, in their order" in said[2]
