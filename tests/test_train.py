@@ -184,7 +184,7 @@ def run_process(tmp_path, data_dir, teacher_file):
                 address = f"localhost:{free.getsockname()[1]}"
             launch = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}",
                       f"--max-restarts={restarts}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}"]
-        command = [sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants), str(number), str(at),
+        command = [sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants), str(int(number)), str(at),
                    str(rank)]
         agents = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
