@@ -1011,6 +1011,8 @@ def main():
         unfinished.mkdir(parents=True, exist_ok=True)
         latents_bytes = 2 * math.prod((count, *shape)) * len(latents_files)
         lock = lock_folder(unfinished, "DATA_DIR")  # noqa: F841 - held until main() ends
+        if (folder / "meta.json").exists():
+            raise ValueError(f"{folder}: another process has just finished it; there is nothing to do")
         describe(source)
         check_space(folder, crops, missing_images, 0 if begun else latents_bytes)
         if not begun:
