@@ -51,8 +51,12 @@ def finished(run):
 def run_state(model, optimizer, ema, meters):
     """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    moments = {f"optimizer.{name}.{key}": value for name, p in model.named_parameters() if p.requires_grad
-               for key, value in optimizer.state[p].items()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    moments = {f"optimizer.{name}.{key}": DTensor.from_local(value, p.device_mesh, p.placements, shape=p.shape,
+                                                             stride=p.stride())
+               if isinstance(p, DTensor) and value.ndim else value  # all but the number of steps is sharded as p is
+               for (name, p), shard in zip(trained, optimizer.param_groups[0]["params"])
+               for key, value in optimizer.state[shard].items()}
     return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}, "meters": meters}
 
 

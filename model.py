@@ -49,7 +49,8 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_dim // 2
         frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype))
+        with torch.autocast(t.device.type, enabled=False):  # bf16 would round by most of a sampler's step
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -65,8 +66,11 @@ class LabelEmbedder(nn.Module):
 
 
 def attention_logits(q, k):
-    """q k^T / sqrt(head dim), [B, heads, N, M], of queries [B, heads, N, head dim] and keys [B, heads, M, head dim]."""
-    return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    """q k^T / sqrt(head dim), [B, heads, N, M], of queries [B, heads, N, head dim] and keys [B, heads, M, head dim]; of
+    those in bf16 the products are float32 all the same."""
+    q, k = (each.float() if each.dtype == torch.bfloat16 else each for each in (q, k))
+    with torch.autocast(q.device.type, enabled=False):
+        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
 class Attention(nn.Module):
@@ -232,7 +236,8 @@ class SiT(nn.Module):
         if return_features and self.projectors is None:
             raise ValueError("return_features needs a projector; build the model with teacher_dim set")
 
-        x = self.x_embedder(x) + self.pos_embed  # [B, N, D]
+        # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
+        x = (self.x_embedder(x) + self.pos_embed).contiguous()
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
         qk, features = {}, None
         for i, block in enumerate(self.blocks):

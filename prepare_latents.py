@@ -12,6 +12,7 @@ A prepared folder is a few large files that memory-map (see PreparedDataset); me
 without it is unfinished, and the same command goes on where it stopped.
 """
 
+import gc
 import io
 import itertools
 import json
@@ -103,8 +104,14 @@ def start_processes(nccl=False):
         store, _, _ = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl and device.type == "cuda" else "gloo", rank=rank,
                                 world_size=world, store=dist.PrefixStore(attempt, store),
+                                device_id=device if nccl and device.type == "cuda" else None,
                                 timeout=timedelta(hours=1 if nccl else 24))  # one may have much more to do
     return rank, world, device
+
+
+def has_bf16(device):
+    """Whether a device computes in bf16: GPUs of compute capability 8 (Ampere) on; for others PyTorch emulates it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
@@ -138,6 +145,8 @@ def ends_in_one_line(main):
             traceback.clear_frames(error.__traceback__)  # ends loaders, whose processes would complain at their own end
             raise mendable from (None if mendable is error else error)
         finally:
+            gc.enable()
+            gc.unfreeze()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return until_its_end
@@ -768,7 +777,7 @@ class PreparedDataset:
         pixels, rows = new_batch(len(rows), size, size, 3), np.asarray(rows)
         for row, begin, end, target in zip(rows, self.offsets[rows], self.offsets[rows + 1], pixels.numpy()):
             try:
-                target[:] = Image.open(io.BytesIO(self.packed[begin:end]))  # lossless WebP is RGB
+                target[:] = Image.open(io.BytesIO(self.packed[begin:end]), formats=("WEBP",))  # lossless WebP is RGB
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"{self.path / 'images.bin'}: image {row} is damaged ({error}); {REMEDY}") from error
         return pixels.permute(0, 3, 1, 2)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from model import SiT, path_coefficients
-from prepare_latents import (check_constants, ends_in_one_line, lock_folder, refuse_other, reserve, run_script,
-                             start_processes, write_atomically)
+from prepare_latents import (check_constants, ends_in_one_line, has_bf16, lock_folder, refuse_other, reserve,
+                             run_script, start_processes, write_atomically)
 from vae import load_vae
 
 # what to draw from
@@ -243,7 +243,7 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed):
 def velocity_of(model, settings, device, precision="bf16"):
     """The model's velocity as a function (x, t, y); its products in bf16 on a GPU, unless precision is "float32"."""
     def velocity(x, t, y):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device) and precision == "bf16"):
             if settings.get("time_from_noise"):
                 return -model(x, 1 - t, y)[0]
             return model(x, t, y)[0]
@@ -359,7 +359,7 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     if plan_file.exists():
         refuse_other(unfinished, "was begun", json.loads(plan_file.read_text()), settings, "OUT")
     elif rank == 0:
-        size = sampler.draw([0], sampler.classes[:1]).shape[-1]
+        size = sampler.shape[-1] * (2 ** (len(sampler.vae.decoder.up_blocks) - 1) if sampler.vae else 1)
         reserve(images_file, (NUM_SAMPLES, size, size, 3), np.uint8)
         reserve(done_file, (NUM_SAMPLES,), bool)
         write_atomically(plan_file, lambda path: path.write_text(json.dumps(settings, indent=1)))

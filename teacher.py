@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
+from model import attention_logits
+
 
 def preprocess(images, mean, std, size):
     """uint8 [B, 3, H, W] to float32 [B, 3, size, size]: normalised first, then resized (bicubic, no antialias, no
-    clamp), in this order because HASTE's train.py does so."""
+    clamp), in this order because HASTE's train.py does so. mean, std: of each channel, in 0..1."""
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     x = (images.float() / 255 - mean) / std
     return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode="bicubic", align_corners=False)
@@ -103,8 +105,9 @@ class Teacher(nn.Module):
                              f"take the student's grid times {patch}")
         config = timm.data.resolve_model_data_config(network)
         network.set_input_size(img_size=(input_size, input_size))
-        self.input_size, self.mean, self.std = input_size, config["mean"], config["std"]
-        self.dim, self.grid = network.embed_dim, input_size // patch
+        self.input_size, self.dim, self.grid = input_size, network.embed_dim, input_size // patch
+        for name in ("mean", "std"):  # on the device from the start: copying them would wait for it at every call
+            self.register_buffer(name, torch.tensor(config[name], dtype=torch.float32), persistent=False)
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -131,7 +134,7 @@ class Teacher(nn.Module):
                 x = block(x)
         chosen = [qk[layer] for layer in self.layers]
         if not return_qk:
-            chosen = [(q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) for q, k in chosen]
+            chosen = [attention_logits(q, k) for q, k in chosen]
         return network.norm(x)[:, prefix:], chosen
 
 

@@ -28,12 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 from model import MODELS, attention_logits, build, interpolate
-from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, lock_folder, open_loader,
-                             PreparedDataset, run_script, start_processes, write_atomically)
+from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, lock_folder,
+                             open_loader, PreparedDataset, run_script, start_processes, write_atomically)
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from vae import load_vae
@@ -203,27 +204,51 @@ def sample_latents(moments, noise, vae_meta):
 
 # ----- model over GPUs, optimiser, EMA --------------------------------------------------------------------------------
 def shard(model, device, world, shards, dtype):
-    """Spreads the model over all processes (FSDP2), each block by itself, gathered in `dtype` for its use.
+    """Spreads the model over all processes (FSDP2), gathered in `dtype` for its use four blocks at a time: of single
+    ones the CPU makes too much work. Weights and reduced gradients are float32.
 
-    Each group of `shards` neighbouring ranks holds the weights once. Weights and reduced gradients are float32.
+    Each group of `shards` neighbouring ranks holds the weights once; this rank's group is returned.
     """
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
     # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.blocks, *(model.projectors or ())):
+    fours = [list(model.blocks[i : i + 4]) for i in range(0, len(model.blocks), 4)]
+    for part in (*fours, *(model.projectors or ())):
         fully_shard(part, mp_policy=policy, **options)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    return mesh["shard"].get_group()
 
 
+def local(tensor):
+    """This rank's shard of a DTensor, the same memory; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
 def make_optimizer(model):
-    """AdamW over what trains. Fused: one kernel, and it can skip a step on the device (see the loop)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
-    for p in trained:  # its state from the start, so that a checkpoint can be read into it
+    """AdamW over this rank's shards of what trains, in its order: of whole DTensors a step costs the CPU eight times as
+    much. Fused: one kernel, and it can skip a step on the device (see the loop)."""
+    shards = [local(p) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(shards, LEARNING_RATE, BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
+    for p in shards:  # its state from the start, so that a checkpoint can be read into it
         optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                                   exp_avg_sq=torch.zeros_like(p))
     return optimizer
+
+
+def clip_gradients(shards, group):
+    """Scales the gradients that the ranks of `group` hold together to a norm of GRAD_CLIP at most; returns it as it
+    was."""
+    gradients = [p.grad for p in shards if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))  # of this rank's shards
+    if group is not None:
+        norms = norms.square()
+        dist.all_reduce(norms, group=group)
+        norms = norms.sqrt()
+    norm = torch.linalg.vector_norm(norms)
+    torch._foreach_mul_(gradients, (GRAD_CLIP / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 # ----- settings and logs ----------------------------------------------------------------------------------------------
@@ -362,7 +387,7 @@ def main():
     # processes and precision
     rank, world, device = start_processes(nccl=True)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    precision = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    precision = torch.bfloat16 if has_bf16(device) else torch.float32
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
     # data, and where the run stands: phase II never opens the images
@@ -395,14 +420,17 @@ def main():
     flops = flops_per_image(model, teacher)
     if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
-            part.compile(fullgraph=True, dynamic=False)
+            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
         align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
     shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world > 1:  # over several nodes: sharded inside each, replicated between them
-        shard(model, device, world, shards, precision)
+    # over several nodes: sharded inside each, replicated between them
+    group = shard(model, device, world, shards, precision) if world > 1 else None
     optimizer = make_optimizer(model)
-    averaged = {name: p for name, p in model.named_parameters() if not name.startswith("projectors.")}
-    ema = {name: p.detach().clone() for name, p in averaged.items()}
+    trained, trained_shards = [p for p in model.parameters() if p.requires_grad], optimizer.param_groups[0]["params"]
+    ema = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("projectors.")}
+    with torch.no_grad():
+        ema_shards = [local(average) for average in ema.values()]
+        averaged_shards = [local(p) for p in model.parameters()][: len(ema)]
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
     if saved:
@@ -443,6 +471,8 @@ def main():
         f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the "
         f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
 
+    gc.freeze()
+    gc.disable()  # a collection takes 0.2 s, on each rank at another time: all make it when they log
     signals = collect_stops()  # from here on a stop lets all processes finish the step and save
     batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
@@ -451,13 +481,15 @@ def main():
         # the switch: teacher, projector and images go for good
         if aligning and phase_one_is_over():
             aligning, teacher, align, model.projectors = False, None, None, None
-            trained = optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
-            for p in optimizer.state.keys() - set(trained):
-                del optimizer.state[p]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            while len(trained_shards) > len(trained):  # the projector's are the last
+                del optimizer.state[trained_shards.pop()]
             flops = flops_per_image(model, teacher)
             data = PreparedDataset(DATA_DIR, with_images=False)
             batches = open_batches(data, range(step, STEPS), rank, world, device)
+            gc.unfreeze()
             gc.collect()  # a compiled teacher refers to itself
+            gc.freeze()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -472,8 +504,9 @@ def main():
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
-            if world > 1:  # ranks exchange gradients once a step
+            if world > 1 and MICRO_BATCHES > 1:  # ranks exchange gradients, and but for zero3 weights, once a step
                 model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
+                model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
             with autocast():
                 denoising, feature, attention = compute_losses(model, teacher, x[part], noise[part], t[part], y[part],
                                                                images[part] if aligning else None, align)
@@ -484,12 +517,16 @@ def main():
             dist.all_reduce(step_losses)
             step_losses /= world
 
-        grad_norm = checkpoint.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP))
+        with torch.no_grad():
+            for p, mine in zip(trained, trained_shards):
+                mine.grad = local(p.grad)
+        grad_norm = clip_gradients(trained_shards, group)
         bad = (~torch.isfinite(step_losses.sum() + grad_norm)).float()  # the same on all ranks
         optimizer.found_inf = bad  # 1: the fused step changes nothing, decided on the device
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(list(ema.values()), list(averaged.values()), None)
+        for p in (*trained, *trained_shards):
+            p.grad = None
+        update_ema(ema_shards, averaged_shards, None)
 
         # meters: sums of 3 losses and the gradient norm over good steps, their count; skipped: in a row, most, in all
         meters[:5] += torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
@@ -508,6 +545,7 @@ def main():
 
         if (LOG_EVERY and step % LOG_EVERY == 0) or step == STEPS or (aligning and step == ALIGN_STEPS):
             *sums, good, _, in_a_row, skipped = meters.tolist()  # the only wait for the device
+            gc.collect()
             meters[:5], meters[6] = 0, meters[5]
             now = time.perf_counter()
             seconds, logged_step, clock = (now - clock) / (step - logged_step), step, now  # per step

@@ -254,7 +254,7 @@ def test_two_processes_draw_what_one_draws(draw, draw_process, tmp_path):
 
 
 def test_killed_it_goes_on_where_it_was(draw, draw_process, tmp_path):
-    killed = draw_process("run", kill_at=5)  # the size, the grid, and two batches are drawn
+    killed = draw_process("run", kill_at=4)  # the grid, and two batches are drawn
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "run/samples.npz").exists()
     unfinished = tmp_path / "run/unfinished"
     assert np.load(unfinished / "done.npy").tolist() == [True] * 8 + [False] * 15

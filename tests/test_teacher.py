@@ -140,7 +140,7 @@ def test_default_teacher_without_weights_has_dinov2_shape():
     frozen = Teacher("vit_small_patch14_dinov2.lvd142m", (10, 11), 56, pretrained=False)
     tokens, logits = frozen(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert tokens.shape == (1, 16, 384) and [tuple(l.shape) for l in logits] == [(1, 6, 16, 16)] * 2
-    assert frozen.mean == (0.485, 0.456, 0.406)
+    assert torch.equal(frozen.mean, torch.tensor((0.485, 0.456, 0.406)))
 
 
 def test_damaged_or_missing_file(tmp_path, teacher_file):
