@@ -263,12 +263,13 @@ def load_features(device):
         config = timm.data.resolve_model_data_config(network)
         own_size = config["input_size"][1]
         size = own_size if file or FEATURES_SIZE is None else FEATURES_SIZE
+        mean, std = (torch.tensor(config[name], device=device) for name in ("mean", "std"))
 
         def features(images):
             if images.shape[-2:] != (size, size):
                 images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
                 images = images.round().clamp(0, 255)
-            x = teacher.preprocess(images, config["mean"], config["std"], size)
+            x = teacher.preprocess(images, mean, std, size)
             return network.forward_head(network.forward_features(x), pre_logits=True).flatten(1), None, None
 
         network.to(device)
@@ -409,28 +410,37 @@ def measure(name, images, kept, features, device, rank, world):
 
     features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None)."""
     def outputs(batch):
-        return {key: y for key, y in zip(("features", "spatial", "probs"), features(batch.to(device))) if y is not None}
+        batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+        return {key: y for key, y in zip(("features", "spatial", "probs"), features(batch)) if y is not None}
 
     widths = {key: y.shape[1] for key, y in outputs(torch.zeros(1, 3, *images.size, dtype=torch.uint8)).items()}
-    tables = {key: torch.zeros(kept, width) for key, width in widths.items() if key != "spatial"}
+    tables = {key: torch.zeros(kept, width, device=device) for key, width in widths.items() if key != "spatial"}
     sums = {key: torch.zeros(width + 1, width, dtype=torch.float64, device=device)  # of y'y and, in the last row, y
             for key, width in widths.items() if key != "probs"}
-    chosen = torch.arange(kept) * images.count // kept  # evenly spaced
+    chosen = np.arange(kept) * images.count // kept  # evenly spaced
+    chosen_there = torch.from_numpy(chosen).to(device)
+    bad = torch.full((), images.count, device=device)  # first image of the first batch with features not finite
+
+    def check():
+        if bad < images.count:
+            raise ValueError(f"{images.path}: features from image {int(bad)} on are not finite; the weights of "
+                             f"{FEATURES} may be damaged, or its precision too low")
     with tqdm(total=images.count, unit="img", desc=name, disable=rank > 0) as bar:
-        for first, batch in images.batches(rank, world):
-            last, found = first + len(batch) - 1, outputs(batch)
-            if not all(y.isfinite().all() for y in found.values()):
-                raise ValueError(f"{images.path}: features of images {first}..{last} are not finite; the weights of "
-                                 f"{FEATURES} may be damaged, or its precision too low")
-            rows = (chosen >= first) & (chosen <= last)
+        for number, (first, batch) in enumerate(images.batches(rank, world)):
+            found, (start, end) = outputs(batch), np.searchsorted(chosen, [first, first + len(batch)])
+            for y in found.values():
+                bad = torch.where(y.isfinite().all(), bad, bad.clamp(max=first))
+            if number % 100 == 0:  # to look waits for the device
+                check()
             for key, table in tables.items():
-                table[rows] = found[key].cpu()[chosen[rows] - first]
+                table[start:end] = found[key][chosen_there[start:end] - first]
             for key, sum_of in sums.items():
                 y = found[key].double()
                 sum_of[:-1].addmm_(y.T, y)
                 sum_of[-1] += y.sum(dim=0)
             bar.update(min(len(batch) * world, images.count - bar.n))
-    sums = {key: sum_of.cpu() for key, sum_of in sums.items()}
+    check()
+    tables, sums = ({key: tensor.cpu() for key, tensor in some.items()} for some in (tables, sums))
     if world > 1:  # a table's row is zero in all processes but one
         for tensor in (*tables.values(), *sums.values()):
             dist.reduce(tensor, 0)
@@ -501,7 +511,7 @@ def main():
     # network
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     if local_rank > 0:
         dist.barrier()  # a node's first process fetches the weights, the others find them there
     features, network = load_features(device)

@@ -974,6 +974,7 @@ def main():
         return
     rank, world, device = start_processes()
     torch.set_float32_matmul_precision("high")  # on GPUs float32 convolutions and products may use TF32
+    torch.backends.cudnn.benchmark = True  # the fastest convolutions for the one shape there is
     wait_for_all = dist.barrier if world > 1 else lambda: None
 
     # source, VAE, and the folder that they make, or began to make

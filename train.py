@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import checkpoint
@@ -74,6 +75,7 @@ MAX_SKIPPED = 20  # steps in a row with a loss that is not finite, after which t
 # speed and memory
 COMPILE = True
 SHARDING = "zero2"  # of weights over GPUs: gathered once a step; "zero3": again for backward; "replicate": not sharded
+REDUCE_PRECISION = "float32"  # of gradients on their way between GPUs; "bf16": half the traffic, rounded sums
 ACTIVATION_CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, about 1/3 more compute
 # reports
 LOG_EVERY = 100  # steps; log.csv holds means over them
@@ -205,14 +207,15 @@ def sample_latents(moments, noise, vae_meta):
 # ----- model over GPUs, optimiser, EMA --------------------------------------------------------------------------------
 def shard(model, device, world, shards, dtype):
     """Spreads the model over all processes (FSDP2), gathered in `dtype` for its use four blocks at a time: of single
-    ones the CPU makes too much work. Weights and reduced gradients are float32.
+    ones the CPU makes too much work. Weights are float32, as are gradients once they are summed.
 
     Each group of `shards` neighbouring ranks holds the weights once; this rank's group is returned.
     """
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
     # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduced = torch.float32 if REDUCE_PRECISION == "float32" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     fours = [list(model.blocks[i : i + 4]) for i in range(0, len(model.blocks), 4)]
     for part in (*fours, *(model.projectors or ())):
         fully_shard(part, mp_policy=policy, **options)
@@ -263,7 +266,8 @@ def check_settings(world):
         "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "number from -1 to 1": "CONFLICT_BELOW",
         "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
         "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
-        TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"))
+        TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"),
+        REDUCE_PRECISION=("float32", "bf16"))
 
     parts, depth, package = world * MICRO_BATCHES, MODELS[MODEL]["depth"], TRACKER and importlib.util.find_spec(TRACKER)
     pairs_fit = LAYER_PAIRS and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in range(depth)
@@ -333,6 +337,38 @@ def flops_per_image(model, teacher):
     return sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
 
 
+def memory_needed(model, teacher, micro, parts, shards, precision):
+    """Bytes that a process needs at most, estimated: for `micro` images at a time, in `parts` of its share of a batch.
+
+    Each weight's own 4 bytes, AdamW's 8 and the EMA's 4, the gathered copy, of several parts the gradient so far. What
+    the backward pass needs is 37 bytes for each value of the tokens in each block; in phase I student's and teacher's
+    attention, two layers of the projector and the features. Within 12 % of what PyTorch allocated, see tests/gpu.py.
+    """
+    (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
+    kept = 5.5 if ACTIVATION_CHECKPOINTING else 37 if precision == torch.bfloat16 else 80
+    image, fixed = kept * len(model.blocks) * N * D, weights * (16 / shards + precision.itemsize + 4 * (parts > 1))
+    if teacher is not None:
+        fixed += 4 * sum(p.numel() for p in teacher.parameters())
+        heads, pairs = model.blocks[0].attn.num_heads, len(teacher.layers) if N <= 256 else 1  # see attention_loss_of_qk
+        heads = min(heads, teacher.network.blocks[0].attn.num_heads)
+        image += 8 * pairs * heads * N * min(N, 256) + N * (16 * 2048 + 20 * teacher.dim) * bool(FEATURE_WEIGHT)
+    return fixed + micro * image
+
+
+def check_memory(model, teacher, share, shards, precision):
+    """memory_needed by this run. Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit."""
+    needed = lambda parts: memory_needed(model, teacher, share // parts, parts, shards, precision)
+    if model.pos_embed.device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info()
+        free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours
+        if needed(MICRO_BATCHES) > free:
+            fitting = [parts for parts in range(1, share + 1) if share % parts == 0 and needed(parts) < free]
+            raise ValueError(f"MICRO_BATCHES {MICRO_BATCHES}: about {needed(MICRO_BATCHES) / 2**30:.0f} GiB needed, "
+                             f"{free / 2**30:.0f} free on this GPU; set it to {fitting[0] if fitting else share}"
+                             + ("" if fitting else " and ACTIVATION_CHECKPOINTING to True"))
+    return needed(MICRO_BATCHES)
+
+
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product in this process, the best of ten."""
     n = 8192 if device.type == "cuda" else 1024
@@ -341,13 +377,13 @@ def matrix_rate(device, dtype):
 
 
 def peak_gib(device):
-    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; None on Windows."""
+    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource
     except ImportError:
-        return None
+        return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -460,23 +496,23 @@ def main():
             append(run / "log.txt", text)
 
     # what the run will cost
-    micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
-    peak_rate = world * matrix_rate(device, precision)
-    kept = 5 if ACTIVATION_CHECKPOINTING else 50 if precision == torch.bfloat16 else 80  # measured, a quarter more in I
-    activations = kept * micro * len(model.blocks) * model.pos_embed.numel()
-    memory = parameters * (20 / shards + precision.itemsize) + activations
+    share, parameters = BATCH_SIZE // world, sum(p.numel() for p in model.parameters())
+    micro, peak_rate = share // MICRO_BATCHES, world * matrix_rate(device, precision)
     hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
+    heads, N, D = model.blocks[0].attn.num_heads, *model.pos_embed.shape[1:]
+    qkv = [torch.empty(micro, heads, N, D // heads, dtype=precision, device=device)] * 3
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
-        f"phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {memory / 2**30:.2g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the "
-        f"measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
+        f"{SDPBackend(torch._fused_sdp_choice(*qkv)).name.lower()}, phase {'I' if aligning else 'II'} from step {step:,}\n"
+        f"estimate: about {check_memory(model, teacher, share, shards, precision) / 2**30:.3g} GiB per process; "
+        f"{flops / 1e9:.3g} GFLOP per image, so at half of the measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take "
+        f"{hours:.2g} hours")
 
     gc.freeze()
     gc.disable()  # a collection takes 0.2 s, on each rank at another time: all make it when they log
     signals = collect_stops()  # from here on a stop lets all processes finish the step and save
     batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
-    logged_step, clock, stopped_by, failure = step, time.perf_counter(), 0, None
+    first_step, logged_step, clock, stopped_by, failure = step, step, time.perf_counter(), 0, None
     while step < STEPS and not stopped_by:
         # the switch: teacher, projector and images go for good
         if aligning and phase_one_is_over():
@@ -537,6 +573,8 @@ def main():
         # ---------------------------------------------------------------------------------------------------------
 
         bar.update()
+        if step == first_step + 1:
+            log(f"step {step:,}: {peak_gib(device):.3g} GiB used at most")
         if aligning and CONFLICT_EVERY and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
             cosine = gradient_cosine(model, teacher, align, data, rank, world, device, autocast)

@@ -21,10 +21,15 @@ import train_network
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":  # to the bit the same, and two processes at a time, only CPUs can promise
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
         if item.get_closest_marker("slow") and not os.environ.get("NANOHASTE_SLOW"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; set NANOHASTE_SLOW=1"))
 
