@@ -355,10 +355,10 @@ def memory_needed(model, teacher, micro, parts, shards, precision):
     return fixed + micro * image
 
 
-def check_memory(model, teacher, share, shards, precision):
+def check_memory(model, teacher, share, shards, precision, device):
     """memory_needed by this run. Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit."""
     needed = lambda parts: memory_needed(model, teacher, share // parts, parts, shards, precision)
-    if model.pos_embed.device.type == "cuda":
+    if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info()
         free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours
         if needed(MICRO_BATCHES) > free:
@@ -498,12 +498,13 @@ def main():
     # what the run will cost
     share, parameters = BATCH_SIZE // world, sum(p.numel() for p in model.parameters())
     micro, peak_rate = share // MICRO_BATCHES, world * matrix_rate(device, precision)
+    memory = check_memory(model, teacher, share, shards, precision, device)
     hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
     heads, N, D = model.blocks[0].attn.num_heads, *model.pos_embed.shape[1:]
     qkv = [torch.empty(micro, heads, N, D // heads, dtype=precision, device=device)] * 3
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
         f"{SDPBackend(torch._fused_sdp_choice(*qkv)).name.lower()}, phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {check_memory(model, teacher, share, shards, precision) / 2**30:.3g} GiB per process; "
+        f"estimate: about {memory / 2**30:.3g} GiB per process; "
         f"{flops / 1e9:.3g} GFLOP per image, so at half of the measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take "
         f"{hours:.2g} hours")
 

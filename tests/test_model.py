@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MODELS, SiT, build
+from model import MODELS, SiT, attention_logits, build
+from teacher import Teacher
 
 
 class ShapeRecorder(TorchDispatchMode):
@@ -82,6 +83,40 @@ def test_no_logits_unless_asked_for():
     with ShapeRecorder() as recorder:
         model(x, t, y, attn_layers=(1,))
     assert (2, 4, 49, 49) in recorder.shapes
+
+
+@pytest.mark.parametrize("network", [build("SiT-T/4", qk_norm=True), Teacher("vit_tiny_patch16_224", (), 64, pretrained=False)])
+def test_tokens_and_their_gradients_are_stored_as_they_are_read(network):
+    """A convolution leaves channels before tokens in memory; each sum and LayerNorm after it would be slower."""
+    strides, teacher = [], isinstance(network, Teacher)
+
+    def watch(block, inputs, output):
+        out = output if teacher else output[0]
+        strides.extend([inputs[0].stride(), out.stride()])
+        if not teacher:
+            out.register_hook(lambda gradient: strides.append(gradient.stride()))
+
+    blocks = network.network.blocks if teacher else network.blocks
+    for block in blocks:
+        block.register_forward_hook(watch)
+    if teacher:
+        network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    else:
+        torch.nn.init.normal_(network.final_layer.linear.weight)
+        network(torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1]))[0].square().sum().backward()
+    assert len(strides) == len(blocks) * (2 if teacher else 3)
+    tokens, width = (17, network.dim) if teacher else network.pos_embed.shape[1:]
+    assert set(strides) == {(tokens * width, width, 1)}
+
+
+def test_times_and_logits_are_float32_under_autocast():
+    model = build("SiT-T/4")
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    t, q, k = torch.tensor([0.5, 0.5 + 1 / 250]), *torch.randn(2, 1, 2, 9, 32, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded, logits = model.t_embedder(t), attention_logits(q, k)
+    assert torch.equal(embedded, model.t_embedder(t))
+    assert torch.equal(logits, (q.float() * 32**-0.5) @ k.float().mT)
 
 
 def test_parameter_counts_of_sit_xl_2():
