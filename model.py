@@ -182,6 +182,7 @@ class SiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.align_depth, self.teacher_dim = num_classes, align_depth, teacher_dim
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
+        self.bf16_tokens = False  # True, under autocast: blocks add to tokens in bf16, which halves what they move
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -238,6 +239,7 @@ class SiT(nn.Module):
 
         # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
         x = (self.x_embedder(x) + self.pos_embed).contiguous()
+        x = x.bfloat16() if self.bf16_tokens else x
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
         qk, features = {}, None
         for i, block in enumerate(self.blocks):

@@ -76,6 +76,7 @@ MAX_SKIPPED = 20  # steps in a row with a loss that is not finite, after which t
 COMPILE = True
 SHARDING = "zero2"  # of weights over GPUs: gathered once a step; "zero3": again for backward; "replicate": not sharded
 REDUCE_PRECISION = "float32"  # of gradients on their way between GPUs; "bf16": half the traffic, rounded sums
+RESIDUAL_PRECISION = "float32"  # of the tokens that blocks add to, where all else is bf16; "bf16": less to move
 ACTIVATION_CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, about 1/3 more compute
 # reports
 LOG_EVERY = 100  # steps; log.csv holds means over them
@@ -188,7 +189,8 @@ def open_batches(data, steps, rank, world, device):
 
 def draw_noise(step, shape, rank, world, device, stream=1):
     """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1.
-    Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing."""
+    Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing. (Their
+    model may: PyTorch spreads the draws over a GPU's multiprocessors.)"""
     generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
     part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
@@ -267,7 +269,7 @@ def check_settings(world):
         "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
         "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
         TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"),
-        REDUCE_PRECISION=("float32", "bf16"))
+        REDUCE_PRECISION=("float32", "bf16"), RESIDUAL_PRECISION=("float32", "bf16"))
 
     parts, depth, package = world * MICRO_BATCHES, MODELS[MODEL]["depth"], TRACKER and importlib.util.find_spec(TRACKER)
     pairs_fit = LAYER_PAIRS and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in range(depth)
@@ -453,6 +455,7 @@ def main():
     torch.manual_seed(seed_from(SEED, 3))
     model = build(MODEL, **dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
+    model.bf16_tokens = RESIDUAL_PRECISION == "bf16" and precision == torch.bfloat16
     flops = flops_per_image(model, teacher)
     if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
@@ -508,6 +511,8 @@ def main():
         f"{flops / 1e9:.3g} GFLOP per image, so at half of the measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take "
         f"{hours:.2g} hours")
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     gc.freeze()
     gc.disable()  # a collection takes 0.2 s, on each rank at another time: all make it when they log
     signals = collect_stops()  # from here on a stop lets all processes finish the step and save
