@@ -405,6 +405,7 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
 def main():
     check_settings()
     rank, world, device = start_processes()
+    torch.backends.cudnn.benchmark = True  # the VAE's fastest convolutions
     checkpoint, out = Path(CHECKPOINT or RUN_DIR), Path(OUT or Path(RUN_DIR, "samples"))
     checkpoint = checkpoint / "ema.safetensors" if checkpoint.is_dir() or not CHECKPOINT else checkpoint
     sampler = Sampler(checkpoint, device)
