@@ -498,7 +498,8 @@ def main():
         "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS",
         "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1": "BATCH_SIZE DISTANCES",
         "whole number from 1 or None": "FEATURES_SIZE"})
-    check_writable(OUT)
+    if rank == 0:
+        check_writable(OUT)
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
     stored = reference.stored if FEATURES == "inception" else {}
