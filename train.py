@@ -339,27 +339,23 @@ def flops_per_image(model, teacher):
     return sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
 
 
-def memory_needed(model, teacher, micro, parts, shards, precision):
-    """Bytes that a process needs at most, estimated: for `micro` images at a time, in `parts` of its share of a batch.
+def check_memory(model, teacher, share, shards, precision, device):
+    """Bytes that a process needs at most for its share of a batch, estimated: PyTorch allocated 0.99 to 1.09 of them.
 
-    Each weight's own 4 bytes, AdamW's 8 and the EMA's 4, the gathered copy, of several parts the gradient so far. What
-    the backward pass needs is 37 bytes for each value of the tokens in each block; in phase I student's and teacher's
-    attention, two layers of the projector and the features. Within 12 % of what PyTorch allocated, see tests/gpu.py.
+    Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
+    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens; in phase
+    I both attentions, two layers of the projector and the features too.
+    Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
     """
     (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
     kept = 5.5 if ACTIVATION_CHECKPOINTING else 37 if precision == torch.bfloat16 else 80
-    image, fixed = kept * len(model.blocks) * N * D, weights * (16 / shards + precision.itemsize + 4 * (parts > 1))
+    of_an_image, fixed = kept * len(model.blocks) * N * D, weights * (16 / shards + precision.itemsize)
     if teacher is not None:
         fixed += 4 * sum(p.numel() for p in teacher.parameters())
-        heads, pairs = model.blocks[0].attn.num_heads, len(teacher.layers) if N <= 256 else 1  # see attention_loss_of_qk
-        heads = min(heads, teacher.network.blocks[0].attn.num_heads)
-        image += 8 * pairs * heads * N * min(N, 256) + N * (16 * 2048 + 20 * teacher.dim) * bool(FEATURE_WEIGHT)
-    return fixed + micro * image
-
-
-def check_memory(model, teacher, share, shards, precision, device):
-    """memory_needed by this run. Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit."""
-    needed = lambda parts: memory_needed(model, teacher, share // parts, parts, shards, precision)
+        heads = min(model.blocks[0].attn.num_heads, teacher.network.blocks[0].attn.num_heads)
+        pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
+        of_an_image += 8 * pairs * heads * rows * N + bool(FEATURE_WEIGHT) * N * (16 * 2048 + 20 * teacher.dim)
+    needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info()
         free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours

@@ -59,8 +59,8 @@ def seconds(function, repeat=20):
     return (time.perf_counter() - started) / repeat
 
 
-def make_data(folder):
-    """A prepared data set in the shapes of ImageNet 256 x 256, of random images and moments."""
+def make_images(folder):
+    """Random images and moments in the shapes of ImageNet 256 x 256, laid out as REPA's preprocessing does."""
     rng = np.random.default_rng(0)
     for part in ("images", "vae-sd"):
         (folder / "published" / part).mkdir(parents=True)
@@ -70,8 +70,6 @@ def make_data(folder):
         np.save(folder / f"published/vae-sd/{i:05d}.npy", rng.random((8, 32, 32), np.float32) - 0.5)
     labels = [(f"{i:05d}.npy", i * 999 // 511) for i in range(512)]  # of 0..999
     (folder / "published/vae-sd/dataset.json").write_text(json.dumps(dict(labels=labels)))
-    prepare_latents.SOURCE, prepare_latents.DATA_DIR = str(folder / "published"), str(folder / "data")
-    prepare_latents.main()
 
 
 def run(folder, **constants):
@@ -294,7 +292,11 @@ def main():
             dist.broadcast_object_list(folders, 0)
         folder = Path(folders[0])
         if RANK == 0:
-            make_data(folder)
+            make_images(folder)
+        if WORLD > 1:
+            dist.barrier()
+        prepare_latents.SOURCE, prepare_latents.DATA_DIR = str(folder / "published"), str(folder / "data")
+        prepare_latents.main()
         parts = {"machine": machine, "agreement": agreement}
         for images in IMAGES if WORLD == 1 else IMAGES[:1]:
             for kind in ("I", "II"):

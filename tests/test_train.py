@@ -1,7 +1,6 @@
 """The two-phase loop: reference losses, bit-exact resume, what phase II must not do, bad input, two processes."""
 
 import csv
-import gc
 import json
 import os
 import random
