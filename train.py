@@ -495,17 +495,17 @@ def main():
             append(run / "log.txt", text)
 
     # what the run will cost
-    share, parameters = BATCH_SIZE // world, sum(p.numel() for p in model.parameters())
-    micro, peak_rate = share // MICRO_BATCHES, world * matrix_rate(device, precision)
-    memory = check_memory(model, teacher, share, shards, precision, device)
+    micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
+    memory = check_memory(model, teacher, BATCH_SIZE // world, shards, precision, device) / 2**30
+    peak_rate = world * matrix_rate(device, precision)
     hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
     heads, N, D = model.blocks[0].attn.num_heads, *model.pos_embed.shape[1:]
-    qkv = [torch.empty(micro, heads, N, D // heads, dtype=precision, device=device)] * 3
-    log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, "
-        f"{SDPBackend(torch._fused_sdp_choice(*qkv)).name.lower()}, phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {memory / 2**30:.3g} GiB per process; "
-        f"{flops / 1e9:.3g} GFLOP per image, so at half of the measured {peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take "
-        f"{hours:.2g} hours")
+    q = torch.empty(1, heads, N, D // heads, dtype=precision, device=device)
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()  # as PyTorch will choose
+    log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, {kernel}, "
+        f"phase {'I' if aligning else 'II'} from step {step:,}\n"
+        f"estimate: about {memory:.3g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
+        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,6 @@
-"""Tokens in bf16 between the blocks (train.RESIDUAL_PRECISION) beside float32, the products in bf16 in both: compare.py's
-student and images of compare_small.py, aligned, three seeds. On a CPU, where autocast is switched on for it.
+"""Tokens in bf16 between the blocks (train.RESIDUAL_PRECISION) beside float32, with the products in bf16 in both.
+
+The student and images of compare_small.py, aligned, three seeds; on a CPU, where autocast is switched on for it.
 
     PYTHONPATH=. python experiments/residual.py
 """
@@ -8,12 +9,12 @@ import compare
 import train
 from prepare_latents import run_script
 
-
 train.has_bf16 = lambda device: True  # here, so that the processes of the runs find it too
 
 
 def main():
-    compare.SOURCE, compare.OUT, compare.RESULTS = "data/fashion_mnist.png", "out/residual", compare.HERE / "residual.csv"
+    compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/residual"
+    compare.RESULTS = compare.HERE / "residual.csv"
     compare.STEPS, compare.STOPS = (250, 500), ()
     compare.RUNS = {"float32": dict(RESIDUAL_PRECISION="float32"), "bf16": dict(RESIDUAL_PRECISION="bf16")}
     compare.main()

@@ -119,6 +119,18 @@ def test_times_and_logits_are_float32_under_autocast():
     assert torch.equal(logits, (q.float() * 32**-0.5) @ k.float().mT)
 
 
+def test_tokens_between_blocks_are_bf16_on_request():
+    model, seen = build("SiT-T/4"), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output[0].dtype]))
+    x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1])
+    for model.bf16_tokens, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity, _, _ = model(x, t, y)
+        assert set(seen) == {expected} and velocity.isfinite().all()
+        seen.clear()
+
+
 def test_parameter_counts_of_sit_xl_2():
     with torch.device("meta"):
         plain, aligned = build("SiT-XL/2", teacher_dim=None), build("SiT-XL/2")
