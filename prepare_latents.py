@@ -90,7 +90,7 @@ joined = itertools.count()  # how often processes were joined here
 
 def start_processes(nccl=False):
     """(rank, number of processes, device) of this process. Those that torchrun started are joined: for tensors on the
-    CPU by gloo, and if `nccl` for those on GPUs too."""
+    CPU by gloo, and if `nccl` for those on GPUs too; with it one process on a GPU is a group of one, for FSDP."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -106,6 +106,8 @@ def start_processes(nccl=False):
                                 world_size=world, store=dist.PrefixStore(attempt, store),
                                 device_id=device if nccl and device.type == "cuda" else None,
                                 timeout=timedelta(hours=1 if nccl else 24))  # one may have much more to do
+    elif nccl and has_bf16(device) and dist.is_nccl_available() and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
     return rank, world, device
 
 

@@ -222,7 +222,7 @@ def shard(model, device, world, shards, dtype):
     for part in (*fours, *(model.projectors or ())):
         fully_shard(part, mp_policy=policy, **options)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
-    return mesh["shard"].get_group()
+    return mesh["shard"].get_group() if world > 1 else None
 
 
 def local(tensor):
@@ -458,8 +458,9 @@ def main():
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
         align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
     shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # over several nodes: sharded inside each, replicated between them
-    group = shard(model, device, world, shards, precision) if world > 1 else None
+    # over several nodes sharded inside each, replicated between them; on one GPU, gathered is once cast to bf16
+    sharded = dist.is_initialized()
+    group = shard(model, device, world, shards, precision) if sharded else None
     optimizer = make_optimizer(model)
     trained, trained_shards = [p for p in model.parameters() if p.requires_grad], optimizer.param_groups[0]["params"]
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("projectors.")}
@@ -542,7 +543,7 @@ def main():
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
-            if world > 1 and MICRO_BATCHES > 1:  # ranks exchange gradients, and but for zero3 weights, once a step
+            if sharded and MICRO_BATCHES > 1:  # ranks exchange gradients, and but for zero3 weights, once a step
                 model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
                 model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
             with autocast():
@@ -622,7 +623,7 @@ def main():
         clock += time.perf_counter() - paused
 
     bar.close()
-    if world > 1:
+    if sharded:
         dist.destroy_process_group()
     if failure:
         raise OSError(f"step {step}: checkpoint not written ({failure}); make room in {run} and run the same command "

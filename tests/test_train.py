@@ -371,6 +371,20 @@ def test_any_number_of_processes_trains_alike(run_process, tmp_path, alone, proc
 
 
 @pytest.mark.slow
+def test_one_process_as_a_group_of_one_trains_alike(run_process, small_run, tmp_path):
+    """As on one GPU, where FSDP casts the weights once a step; its checkpoints are those of one without a group."""
+    group = "import torch.distributed as dist; " \
+            "dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())"
+    for steps in (8, 12):  # the switch, after 6, is in the first part
+        ended = run_process(tmp_path / "run", extra=group, STEPS=steps, MICRO_BATCHES=2)
+        assert ended.returncode == 0, ended.stderr
+    whole = small_run(MICRO_BATCHES=2)
+    train.main()
+    for part in ("model", "ema", "optimizer"):
+        assert_close_models(final_state(whole)[part], final_state(tmp_path / "run")[part])
+
+
+@pytest.mark.slow
 def test_a_run_of_four_processes_goes_on_in_two_and_in_one(run_process, tmp_path, alone):
     if not alone.exists():
         assert run_process(alone, **PARALLEL).returncode == 0
