@@ -408,8 +408,12 @@ def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
         model.zero_grad(set_to_none=True)
         return torch.cat([checkpoint.whole(each).flatten() for each in found])
 
+    if dist.is_initialized():  # the alignment losses do not reach the end of their four blocks, which would gather anew
+        model.set_reshard_after_forward(False)
     mean = torch.stack([F.cosine_similarity(gradient(t, False), gradient(t, True), dim=0)
                         for t in CONFLICT_TIMES]).mean()
+    if dist.is_initialized():
+        model.set_reshard_after_forward(SHARDING == "zero3")
     if world > 1:
         dist.broadcast(mean, 0)
     return mean.item()
