@@ -232,8 +232,8 @@ def local(tensor):
 
 @torch.no_grad()
 def make_optimizer(model):
-    """AdamW over this rank's shards of what trains, in its order: of whole DTensors a step costs the CPU eight times as
-    much. Fused: one kernel, and it can skip a step on the device (see the loop)."""
+    """AdamW over this rank's shards of what trains, in its order: of DTensors a step would cost the CPU far
+    more. Fused: one kernel, and it can skip a step on the device (see the loop)."""
     shards = [local(p) for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(shards, LEARNING_RATE, BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
     for p in shards:  # its state from the start, so that a checkpoint can be read into it
@@ -243,8 +243,8 @@ def make_optimizer(model):
 
 
 def clip_gradients(shards, group):
-    """Scales the gradients that the ranks of `group` hold together to a norm of GRAD_CLIP at most; returns it as it
-    was."""
+    """Scales the gradients that the ranks of `group` hold together to a norm of GRAD_CLIP at most; returns the norm
+    before."""
     gradients = [p.grad for p in shards if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))  # of this rank's shards
     if group is not None:
@@ -515,7 +515,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     gc.freeze()
-    gc.disable()  # a collection takes 0.2 s, on each rank at another time: all make it when they log
+    gc.disable()  # each rank would collect, and make the others wait, at another time: all do it when they log
     signals = collect_stops()  # from here on a stop lets all processes finish the step and save
     batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)

@@ -1,4 +1,4 @@
-"""All that only a GPU can tell, in about ten minutes: one table, and one JSON to send to the project.
+"""All that only a GPU can tell, in ten minutes by estimate: one table, and one JSON to send to the project.
 
     PYTHONPATH=. python tests/gpu.py
     PYTHONPATH=. torchrun --nproc_per_node=8 tests/gpu.py    # after the first: how ways of sharding agree and what they cost
