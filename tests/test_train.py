@@ -436,7 +436,8 @@ def count(step, *args, **options):
         gc.collect()
         counts[step] = Counter(type(each).__name__ for each in gc.get_objects())
         if step == 300:
-            print("MORE", sum(counts[300].values()) - sum(counts[100].values()), (counts[300] - counts[100]).most_common(9))
+            more = sum(counts[300].values()) - sum(counts[100].values())
+            os.write(1, f"MORE {more} {(counts[300] - counts[100]).most_common(9)}\\n".encode())  # of two processes, whole
     return draw(step, *args, **options)
 train.draw_noise = count
 """
