@@ -1,5 +1,5 @@
-"""SiT, the scalable interpolant transformer (arXiv 2401.08740), with attention that can be returned, and the
-interpolant between data (t = 0) and noise (t = 1) whose velocity it predicts.
+"""SiT, the scalable interpolant transformer (arXiv 2401.08740), and MMDiT, its kind for text (arXiv 2403.03206), with
+attention that can be returned, and the interpolant between data (t = 0) and noise (t = 1) whose velocity they predict.
 
     model = build("SiT-XL/2")
     velocity, attn_logits, features = model(x, t, y, attn_layers=(4, 5, 6, 7), return_features=True)
@@ -22,8 +22,10 @@ MODELS = {
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
-# the demo's, for a CPU
+MODELS["MMDiT/2"] = dict(depth=24, hidden_size=768, num_heads=24, patch_size=2)
+# small ones, for a CPU
 MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, align_depth=3, projector_dim=256)
+MODELS["MMDiT-T/4"] = dict(depth=6, hidden_size=192, num_heads=6, patch_size=4, align_depth=3, projector_dim=384)
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +76,7 @@ def attention_logits(q, k):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with `return_qk` also its (queries, keys), each [B, heads, N, head dim]."""
+    """Multi-head self-attention, in the two halves between which MMDiT's tokens of image and text attend together."""
 
     def __init__(self, hidden_size, num_heads, qk_norm):
         super().__init__()
@@ -85,13 +87,16 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x, return_qk=False):
+    def heads(self, x):
+        """Queries, keys and values of tokens x [B, N, D], each [B, heads, N, head dim]."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head dim]
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D)), (q, k) if return_qk else None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def merge(self, out):
+        """What the heads attended to, [B, heads, N, head dim], to [B, N, D]."""
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -112,9 +117,10 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748)."""
+    """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748); with `return_qk` it hands out its
+    (queries, keys), each [B, heads, N, head dim], as well."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm):
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
@@ -122,12 +128,45 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
+    def add_attended(self, x, out, gate1, shift2, scale2, gate2):
+        """Tokens x with what their heads attended to, then with the MLP's output, added."""
+        x = x + gate1.unsqueeze(1) * self.attn.merge(out)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
     def forward(self, x, condition, return_qk=False):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        attended, qk = self.attn(modulate(self.norm1(x), shift1, scale1), return_qk)
-        x = x + gate1.unsqueeze(1) * attended
-        x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x, qk
+        shift1, scale1, *others = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        q, k, v = self.attn.heads(modulate(self.norm1(x), shift1, scale1))
+        x = self.add_attended(x, F.scaled_dot_product_attention(q, k, v), *others)
+        return x, (q, k) if return_qk else None
+
+
+class JointBlock(nn.Module):
+    """MMDiT's block (arXiv 2403.03206): image and text have weights of their own, and one attention over both.
+
+    Takes and returns image tokens [B, N, D] and text tokens [B, L, D]; (queries, keys) are the image's alone.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, last):
+        super().__init__()
+        self.context_block = Block(hidden_size, num_heads, mlp_ratio)
+        self.x_block = Block(hidden_size, num_heads, mlp_ratio)
+        self.last = last
+        if last:  # its text is there to be attended to, and ends there
+            self.context_block.attn.proj = self.context_block.mlp = None
+            self.context_block.adaLN_modulation[1] = nn.Linear(hidden_size, 2 * hidden_size)
+
+    def forward(self, x, text, condition, return_qk=False):
+        image_part, text_part = self.x_block, self.context_block
+        shift, scale, *others = image_part.adaLN_modulation(condition).chunk(6, dim=-1)
+        q, k, v = image_part.attn.heads(modulate(image_part.norm1(x), shift, scale))
+        shift, scale, *text_others = text_part.adaLN_modulation(condition).chunk(2 if self.last else 6, dim=-1)
+        text_q, text_k, text_v = text_part.attn.heads(modulate(text_part.norm1(text), shift, scale))
+        out = F.scaled_dot_product_attention(q if self.last else torch.cat([q, text_q], dim=2),
+                                             torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2))
+        N = x.shape[1]
+        x = image_part.add_attended(x, out[:, :, :N], *others)
+        text = text if self.last else text_part.add_attended(text, out[:, :, N:], *text_others)
+        return x, text, (q, k) if return_qk else None
 
 
 class FinalLayer(nn.Module):
@@ -159,17 +198,15 @@ def initialize_linear(module):
         nn.init.zeros_(module.bias)
 
 
-class SiT(nn.Module):
-    """Diffusion transformer that predicts the velocity of an interpolant between data (t = 0) and noise (t = 1).
+class DiffusionTransformer(nn.Module):
+    """What the networks below share. Each predicts the velocity of an interpolant between data (t = 0) and noise
+    (t = 1), [B, C, H, W] to the same, in blocks that run on patches.
 
     align_depth: `features` are the tokens after this many blocks, through the projector (REPA, arXiv 2410.06940).
     teacher_dim: width of the projector's output; None builds no projector.
-    learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the first C are the velocity.
     """
 
-    def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
-                 align_depth=8, teacher_dim=768, projector_dim=2048):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is no multiple of patch_size {patch_size}; "
@@ -179,23 +216,25 @@ class SiT(nn.Module):
         if teacher_dim is not None and not 1 <= align_depth <= depth:
             raise ValueError(f"align_depth {align_depth} is not one of the model's blocks 1..{depth}")
         self.input_size, self.patch_size, self.grid = input_size, patch_size, input_size // patch_size
-        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes, self.align_depth, self.teacher_dim = num_classes, align_depth, teacher_dim
+        self.in_channels, self.num_heads = in_channels, num_heads
+        self.align_depth, self.teacher_dim = align_depth, teacher_dim
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
         self.bf16_tokens = False  # True, under autocast: blocks add to tokens in bf16, which halves what they move
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+
+    def finish(self, out_channels, projector_dim):
+        """What follows the blocks, and the first weights."""
+        hidden_size = self.pos_embed.shape[-1]
+        self.final_layer = FinalLayer(hidden_size, self.patch_size, out_channels)
         self.initialize_weights()
         self.projectors = None
-        if teacher_dim is not None:  # last, so that a seed makes the same student with and without it
+        if self.teacher_dim is not None:  # last, so that a seed makes the same student with and without it
             projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
                                       nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-                                      nn.Linear(projector_dim, teacher_dim))
+                                      nn.Linear(projector_dim, self.teacher_dim))
             projector.apply(initialize_linear)
             self.projectors = nn.ModuleList([projector])  # a list of one: the published keys are projectors.0.*
 
@@ -204,11 +243,13 @@ class SiT(nn.Module):
         self.apply(initialize_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
+        modulated = [module for module in self.modules() if isinstance(module, (Block, FinalLayer))]
+        for layer in (*(module.adaLN_modulation[1] for module in modulated), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
@@ -216,19 +257,13 @@ class SiT(nn.Module):
 
     def unpatchify(self, x):
         """[B, N, patch * patch * C] to [B, C, H, W]."""
-        g, p, c = self.grid, self.patch_size, self.out_channels
-        x = x.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, patch, columns, patch]
-        return x.reshape(-1, c, g * p, g * p)
+        g, p = self.grid, self.patch_size
+        x = x.reshape(-1, g, g, p, p, x.shape[-1] // p**2).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, p, columns, p]
+        return x.reshape(-1, x.shape[1], g * p, g * p)
 
-    def forward(self, x, t, y, attn_layers=(), return_features=False, return_qk=False):
-        """Velocity at x_t, and on request what the alignment losses need.
-
-        x [B, C, H, W]; t [B] in 0..1; y [B] int64 class ids, num_classes meaning "no label".
-        Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
-        0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features. With return_qk
-        each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that attention_logits makes
-        of them, so that a loss can compute only those that it needs and need not keep them.
-        """
+    def run(self, x, condition, text, attn_layers, return_features, return_qk):
+        """From x_t to the velocity, through the blocks: see SiT.forward. condition [B, D]; text: a list, of text tokens
+        [B, L, D] or of nothing."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ValueError(f"x is {list(x.shape)}; this model takes "
                              f"[B, {self.in_channels}, {self.input_size}, {self.input_size}]")
@@ -239,25 +274,79 @@ class SiT(nn.Module):
 
         # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
         x = (self.x_embedder(x) + self.pos_embed).contiguous()
-        x = x.bfloat16() if self.bf16_tokens else x
-        condition = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        x, *text = (tokens.bfloat16() if self.bf16_tokens else tokens for tokens in (x, *text))
         qk, features = {}, None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, qk[i] = checkpoint(block, x, condition, i in attn_layers, use_reentrant=False)
+                x, *text, qk[i] = checkpoint(block, x, *text, condition, i in attn_layers, use_reentrant=False)
             else:
-                x, qk[i] = block(x, condition, i in attn_layers)
+                x, *text, qk[i] = block(x, *text, condition, i in attn_layers)
             if return_features and i + 1 == self.align_depth:
                 features = self.projectors[0](x)
         velocity = self.unpatchify(self.final_layer(x, condition))[:, : self.in_channels]  # of learn_sigma's 2C
         return velocity, [qk[i] if return_qk else attention_logits(*qk[i]) for i in attn_layers], features
 
 
+class SiT(DiffusionTransformer):
+    """The class-conditional network.
+
+    learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the first C are the velocity.
+    """
+
+    def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
+                 align_depth=8, teacher_dim=768, projector_dim=2048):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
+        self.num_classes = num_classes
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.finish(in_channels * (2 if learn_sigma else 1), projector_dim)
+
+    def forward(self, x, t, y, attn_layers=(), return_features=False, return_qk=False):
+        """Velocity at x_t, and on request what the alignment losses need.
+
+        x [B, C, H, W]; t [B] in 0..1; y [B] int64 class ids, num_classes meaning "no label".
+        Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
+        0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features. With return_qk
+        each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that attention_logits makes
+        of them, so that a loss can compute only those that it needs and need not keep them.
+        """
+        return self.run(x, self.t_embedder(t) + self.y_embedder(y), [], attn_layers, return_features, return_qk)
+
+
+class MMDiT(DiffusionTransformer):
+    """The network for text (arXiv 2403.03206, as REPA and HASTE train it): text tokens pass through all blocks beside
+    the image's; the time alone is the condition. context_dim: width of the text encoder's output."""
+
+    def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
+                 mlp_ratio=4.0, context_dim=768, align_depth=8, teacher_dim=768, projector_dim=2048):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        self.joint_blocks = nn.ModuleList(JointBlock(hidden_size, num_heads, mlp_ratio, last=i + 1 == depth)
+                                          for i in range(depth))
+        self.finish(in_channels, projector_dim)
+
+    @property
+    def blocks(self):
+        return self.joint_blocks  # by their published name
+
+    def forward(self, x, t, context, attn_layers=(), return_features=False, return_qk=False):
+        """As SiT.forward, but for context [B, L, context_dim], the text encoder's output, that of the empty text
+        meaning "no text". N are the image's tokens in all that is returned."""
+        text = self.context_embedder(context)
+        return self.run(x, self.t_embedder(t), [text], attn_layers, return_features, return_qk)
+
+
 def build(name, **overrides):
-    """The SiT called `name` ("SiT-XL/2", see MODELS), with any of SiT's arguments overridden."""
+    """The network called `name` ("SiT-XL/2", see MODELS), with any of its arguments overridden."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
-    return SiT(**{**MODELS[name], **overrides})
+    return (MMDiT if takes_text(name) else SiT)(**{**MODELS[name], **overrides})
+
+
+def takes_text(name):
+    """Whether the network called `name` is conditioned on text, not on classes."""
+    return name.startswith("MMDiT")
 
 
 def path_coefficients(t, path):
