@@ -22,10 +22,11 @@ MODELS = {
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
-MODELS["MMDiT/2"] = dict(depth=24, hidden_size=768, num_heads=24, patch_size=2)
+MODELS["MMDiT/2"] = dict(depth=24, hidden_size=768, num_heads=24, patch_size=2, context_dim=768)
 # small ones, for a CPU
 MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, align_depth=3, projector_dim=256)
-MODELS["MMDiT-T/4"] = dict(depth=6, hidden_size=192, num_heads=6, patch_size=4, align_depth=3, projector_dim=384)
+MODELS["MMDiT-T/4"] = dict(depth=6, hidden_size=192, num_heads=6, patch_size=4, context_dim=384, align_depth=3,
+                           projector_dim=384)
 
 
 class PatchEmbed(nn.Module):
@@ -274,7 +275,7 @@ class DiffusionTransformer(nn.Module):
 
         # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
         x = (self.x_embedder(x) + self.pos_embed).contiguous()
-        x, *text = (tokens.bfloat16() if self.bf16_tokens else tokens for tokens in (x, *text))
+        x, *text = (tokens.to(torch.bfloat16 if self.bf16_tokens else self.pos_embed.dtype) for tokens in (x, *text))
         qk, features = {}, None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -341,12 +342,12 @@ def build(name, **overrides):
     """The network called `name` ("SiT-XL/2", see MODELS), with any of its arguments overridden."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
-    return (MMDiT if takes_text(name) else SiT)(**{**MODELS[name], **overrides})
+    return make_network({**MODELS[name], **overrides})
 
 
-def takes_text(name):
-    """Whether the network called `name` is conditioned on text, not on classes."""
-    return name.startswith("MMDiT")
+def make_network(arguments):
+    """The network that takes these arguments: an MMDiT where they say how wide text is, else a SiT."""
+    return (MMDiT if "context_dim" in arguments else SiT)(**arguments)
 
 
 def path_coefficients(t, path):

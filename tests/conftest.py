@@ -47,6 +47,15 @@ def golden():
     return load_golden
 
 
+def write_words(folder, count, length, pad):
+    """A tokenizer of the words w0, w1, ... in a folder, as transformers writes it."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w1"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=length,
+                                         pad_token=pad).save_pretrained(folder)
+
+
 def set_constants(patch, module, **constants):
     for name, value in constants.items():
         assert hasattr(module, name), f"{module.__name__} has no constant {name}"

@@ -1,10 +1,10 @@
-"""SiT: reference numbers, published shapes, and that logits exist only where asked for."""
+"""SiT and MMDiT: reference numbers, published shapes, and that logits exist only where asked for."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MODELS, SiT, attention_logits, build
+from model import MODELS, MMDiT, SiT, attention_logits, build
 from teacher import Teacher
 
 
@@ -85,7 +85,84 @@ def test_no_logits_unless_asked_for():
     assert (2, 4, 49, 49) in recorder.shapes
 
 
-@pytest.mark.parametrize("network", [build("SiT-T/4", qk_norm=True), Teacher("vit_tiny_patch16_224", (), 64, pretrained=False)])
+MMDIT = ("input_size patch_size in_channels hidden_size num_heads depth context_dim align_depth teacher_dim "
+         "projector_dim").split()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mmdits_forward_equals_the_reference(golden, compiled):
+    z, state, meta = golden("mmdit_forward")
+    model, seen = MMDiT(**{key: meta["config"][key] for key in MMDIT}), []
+    table = model.pos_embed.clone()
+    model.load_state_dict(state)
+    torch.testing.assert_close(table, model.pos_embed)
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.append(output[:2]))
+    forward = torch.compile(model) if compiled else model
+    velocity, logits, features = forward(z["x"], z["t"], z["context"], attn_layers=(2, 0, 1), return_features=True)
+    pairs = [(velocity, z["velocity"]), (features, z["features"])]
+    pairs += [(logits[i], z[f"image_logits/{layer}"]) for i, layer in enumerate((2, 0, 1))]
+    for i, (x, text) in enumerate(seen if not compiled else ()):
+        pairs += [(x, z[f"image_tokens/{i}"]), *([(text, z[f"text_tokens/{i}"])] if i < 2 else [])]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, **meta["tolerance"])
+
+
+def test_mmdits_attention_is_fused_and_every_weight_is_used():
+    """13 x 13 tokens, 9 words: no tensor holds logits of image, text or both; each weight gets a gradient."""
+    model = build("MMDiT-T/4", input_size=52, in_channels=1, teacher_dim=None, context_dim=20)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    x, t, context = torch.randn(2, 1, 52, 52), torch.rand(2), torch.randn(2, 9, 20)
+
+    def logits_of(recorder):
+        return {shape[-2:] for shape in recorder.shapes if len(shape) > 2 and {*shape[-2:]} <= {169, 178}}
+
+    with ShapeRecorder() as recorder:
+        model(x, t, context)[0].square().sum().backward()
+    assert not logits_of(recorder)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with ShapeRecorder() as recorder:
+        _, logits, _ = model(x, t, context, attn_layers=(5,))
+    assert logits_of(recorder) == {(169, 169)}
+    assert logits[0].shape == (2, 6, 169, 169)
+
+
+def test_text_reaches_the_picture_and_the_order_of_words_alone_does_not():
+    """The context has no positions: what words say beside their own order is the encoder's part."""
+    model = build("MMDiT-T/4", input_size=8, in_channels=1, teacher_dim=None, context_dim=20)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, context = torch.randn(1, 1, 8, 8), torch.rand(1), torch.randn(1, 5, 20)
+    velocity, reordered, other = (model(x, t, c)[0] for c in (context, context.flip(1), torch.randn(1, 5, 20)))
+    torch.testing.assert_close(velocity, reordered, rtol=1e-4, atol=1e-5)
+    assert (velocity - other).abs().max() > 1e-3
+
+
+def test_mmdit_2_has_the_published_keys_and_shapes():
+    with torch.device("meta"):
+        model = build("MMDiT/2")
+    d, block = 768, {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4, "mlp.fc2": (1, 4), "adaLN_modulation.1": 6}
+    linear = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d), "context_embedder": (d, 768),
+              "final_layer.adaLN_modulation.1": (2 * d, d), "final_layer.linear": (16, d), "projectors.0.0": (2048, d),
+              "projectors.0.2": (2048, 2048), "projectors.0.4": (768, 2048)}
+    for i in range(24):
+        for half in ("x_block", "context_block"):
+            last = {"attn.qkv": 3, "adaLN_modulation.1": 2} if (i, half) == (23, "context_block") else block
+            linear |= {f"joint_blocks.{i}.{half}.{name}": (d, 4 * d) if name == "mlp.fc2" else (times * d, d)
+                       for name, times in last.items()}
+    shapes = {"pos_embed": (1, 256, d), "x_embedder.proj.weight": (d, 4, 2, 2), "x_embedder.proj.bias": (d,)}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes
+    counts = {key: p.numel() for key, p in model.named_parameters() if key != "pos_embed"}
+    assert sum(counts.values()) == 512_415_504
+    assert sum(count for key, count in counts.items() if "projectors" not in key) == 505_070_608
+
+
+@pytest.mark.parametrize("network", [build("SiT-T/4", qk_norm=True), build("MMDiT-T/4"),
+                                     Teacher("vit_tiny_patch16_224", (), 64, pretrained=False)])
 def test_tokens_and_their_gradients_are_stored_as_they_are_read(network):
     """A convolution leaves channels before tokens in memory; each sum and LayerNorm after it would be slower."""
     strides, teacher = [], isinstance(network, Teacher)
@@ -103,7 +180,8 @@ def test_tokens_and_their_gradients_are_stored_as_they_are_read(network):
         network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     else:
         torch.nn.init.normal_(network.final_layer.linear.weight)
-        network(torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1]))[0].square().sum().backward()
+        condition = torch.tensor([0, 1]) if isinstance(network, SiT) else torch.randn(2, 9, 384)
+        network(torch.randn(2, 4, 32, 32), torch.rand(2), condition)[0].square().sum().backward()
     assert len(strides) == len(blocks) * (2 if teacher else 3)
     tokens, width = (17, network.dim) if teacher else network.pos_embed.shape[1:]
     assert set(strides) == {(tokens * width, width, 1)}
@@ -119,11 +197,13 @@ def test_times_and_logits_are_float32_under_autocast():
     assert torch.equal(logits, (q.float() * 32**-0.5) @ k.float().mT)
 
 
-def test_tokens_between_blocks_are_bf16_on_request():
-    model, seen = build("SiT-T/4"), []
+@pytest.mark.parametrize("name, y", [("SiT-T/4", torch.tensor([0, 1])), ("MMDiT-T/4", torch.ones(2, 9, 384))])
+def test_tokens_between_blocks_are_bf16_on_request(name, y):
+    model, seen = build(name), []
     for block in model.blocks:
-        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output[0].dtype]))
-    x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1])
+        block.register_forward_hook(lambda block, inputs, output: seen.extend(
+            each.dtype for each in (*inputs[:-2], *output[:-1])))  # image, and text where there is one
+    x, t = torch.randn(2, 4, 32, 32), torch.rand(2)
     for model.bf16_tokens, expected in ((False, torch.float32), (True, torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16):
             velocity, _, _ = model(x, t, y)
@@ -190,12 +270,14 @@ def test_a_seed_makes_the_same_student_with_and_without_a_projector():
     assert any(key.startswith("projectors.") for key in students[1])
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.parametrize("name, y, arguments", [
+    ("SiT-T/4", torch.tensor([0, 3]), dict(num_classes=3)), ("MMDiT-T/4", torch.ones(2, 9, 20), dict(context_dim=20))])
+def test_activation_checkpointing_changes_nothing(name, y, arguments):
     torch.manual_seed(0)
-    model = build("SiT-T/4", input_size=8, num_classes=3, teacher_dim=16)
+    model = build(name, input_size=8, teacher_dim=16, **arguments)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     gradients = []
     for flag in (False, True):
         model.activation_checkpointing = flag
@@ -209,7 +291,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown model 'SiT-XXL/2'; choose one of .*SiT-XL/2"):
         build("SiT-XXL/2")
-    assert len(MODELS) == 13
+    assert len(MODELS) == 15
 
 
 @pytest.mark.parametrize("arguments, message", [
