@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from model import MODELS, SiT
+from model import MODELS, make_network
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
@@ -37,7 +37,8 @@ def describe(constants, data, sit):
     """A run's settings: every constant of its script, the model's arguments, the data set, versions."""
     constants = {name: value for name, value in constants.items()
                  if name.isupper() and name not in ("F", "MODELS", "FROZEN", "COLUMNS")}
-    described = {key: data.meta[key] for key in ("source", "count", "image_size", "latent_shape", "vae", "classes")}
+    keys = ("source", "count", "image_size", "latent_shape", "vae", "classes", "captions")
+    described = {key: data.meta[key] for key in keys if key in data.meta}
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     # through JSON and back, so that it compares equal to what was read from a file
     return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
@@ -110,10 +111,10 @@ def find(run, settings, frozen):
     except (OSError, ValueError, KeyError) as error:
         raise damaged(found[-1], error) from error
     differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
-                 if saved.get(key) != settings[key]
+                 if saved.get(key, settings[key]) != settings[key]  # an older version's run need not have it
                  and not (key == "TEACHER" and os.path.realpath(saved[key]) == os.path.realpath(settings[key]))]
-    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'][key])}"
-                  for key, value in saved["data"].items() if value != settings["data"][key]]
+    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'].get(key))}"
+                  for key, value in saved["data"].items() if value != settings["data"].get(key)]
     if differing:
         raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
                          f"or choose another RUN_DIR")
@@ -139,19 +140,24 @@ def damaged(folder, error):
 def published_settings(state):
     """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    depth = len({key.split(".")[1] for key in state if key.startswith(("blocks.", "joint_blocks."))})
     heads = {(m["hidden_size"], m["depth"]): m["num_heads"] for m in MODELS.values()}[hidden, depth]
     sit = dict(input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch, patch_size=patch, in_channels=channels,
-               hidden_size=hidden, depth=depth, num_heads=heads, qk_norm="blocks.0.attn.q_norm.weight" in state,
-               num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1,
-               learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels)
+               hidden_size=hidden, depth=depth, num_heads=heads)
+    learn_sigma = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
+    if "context_embedder.weight" in state:
+        sit["context_dim"] = state["context_embedder.weight"].shape[1]
+    else:
+        sit.update(qk_norm="blocks.0.attn.q_norm.weight" in state, class_dropout_prob=0.1, learn_sigma=learn_sigma,
+                   num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1)
     # the first release's time runs the other way, from noise to data
-    return dict(sit=sit, PATH="linear", time_from_noise=sit["learn_sigma"],
+    return dict(sit=sit, PATH="linear", time_from_noise=learn_sigma, LABEL_DROPOUT=0.1,
+                TEXT_ENCODER="openai/clip-vit-large-patch14", TEXT_LENGTH=77,
                 data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
 
 
 def load_model(path):
-    """(SiT in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
+    """(network in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
     Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
     under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors.
@@ -181,7 +187,7 @@ def load_model(path):
                  for key, value in state.items() if not key.startswith("projectors.")}
         unexpected = sorted(state)
         settings = settings or published_settings(state)
-        model = SiT(**{**settings["sit"], "teacher_dim": None})
+        model = make_network({**settings["sit"], "teacher_dim": None})
         unexpected = sorted(state.keys() - model.state_dict().keys())
         model.load_state_dict(state)
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,

@@ -1,4 +1,4 @@
-"""Draws images from a trained SiT: any number of samples for evaluation, and pictures to look at.
+"""Draws images from a trained SiT or MMDiT: any number of samples for evaluation, and pictures to look at.
 
     python sample.py                                           # the run in RUN_DIR, with the constants below
     torchrun --nproc_per_node=8 sample.py                      # the same images, on eight GPUs
@@ -26,23 +26,26 @@ from scipy.integrate import RK45
 from tqdm import tqdm
 
 from checkpoint import load_model
-from model import SiT, path_coefficients
-from prepare_latents import (check_constants, ends_in_one_line, has_bf16, lock_folder, refuse_other, reserve,
-                             run_script, start_processes, write_atomically)
+from model import make_network, path_coefficients
+from prepare_latents import (check_constants, ends_in_one_line, has_bf16, lock_folder, PreparedDataset, refuse_other,
+                             reserve, run_script, start_processes, write_atomically)
+from text import CaptionTable, TextEncoder
 from vae import load_vae
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
 CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
+TEXT_ENCODER = None  # None: the one that the model was trained with, by its name; or where that lies now
 # what to draw
 OUT = None  # folder for samples.npz and pictures; None: "samples" in RUN_DIR
 NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
 CLASS_SAMPLING = "uniform"  # each sample's class: drawn at random, as in the papers; "balanced": all in turn
 CLASSES = None  # class ids to draw; None: all
+PROMPTS = None  # for a model of text: a list of texts; or a prepared folder: one caption of each image, image by image
 SEED = 0
 PNGS = False  # True: every sample as a file in OUT/png too
-# pictures, one class of CLASSES a row
+# pictures, one class of CLASSES or one of PROMPTS a row
 GRID = (10, 8)  # samples.png: rows and columns; None: none
 COMPARE = ()  # compare.png: one noise through each of these, either CFG_SCALEs or CHECKPOINTs
 FRAMES = 0  # path.png: so many moments on the way from noise to image
@@ -222,38 +225,43 @@ def save_grid(images, columns, path):
     write_atomically(path, lambda file: Image.fromarray(grid.cpu().numpy()).save(file, "PNG"))
 
 
-def save_preview(path, ema, settings, vae, device, grid, steps, seed):
-    """Grid of samples with one class a row, always from the same noise so that previews can be compared.
+def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, context_of, captions=None):
+    """Grid of samples with one class or caption a row, always from the same noise so that previews can be compared. The
+    captions are written beside it.
 
-    ema, settings: weights of a SiT and their run's settings; grid: rows, columns; steps: of Euler.
+    ema, settings: a network's weights and its run's settings; grid: rows, columns; steps: of Euler; context_of: from
+    classes or captions' numbers, 0..null - 1, to what the network takes.
     """
-    model = SiT(**settings["sit"]).to(device)
+    model = make_network(settings["sit"]).to(device)
     model.load_state_dict(ema)
-    rows, columns, vae_meta = min(grid[0], model.num_classes), grid[1], settings["data"]["vae"]
+    rows, columns, vae_meta = min(grid[0], null), grid[1], settings["data"]["vae"]
     noise = IndexedNoise(seed, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
-    y = torch.linspace(0, model.num_classes - 1, rows).round().long().repeat_interleave(columns)
-    velocity, images = velocity_of(model, settings, device), []
-    for row_noise, row_y in zip(noise.split(columns), y.split(columns)):
-        latents = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=model.num_classes,
-                             path=settings["PATH"])
+    y = torch.linspace(0, null - 1, rows, dtype=torch.float64).round().long()
+    if captions:
+        save_lines(path.parent / "captions.txt", [captions[number] for number in y])
+    of, images = velocity_of(model, settings, device), []
+    for row_noise, row_y in zip(noise.split(columns), y.repeat_interleave(columns).split(columns)):
+        latents = sample_ode(lambda x, t, y: of(x, t, context_of(y)), row_noise.to(device), row_y.to(device),
+                             steps=steps, null=null, path=settings["PATH"])
         images.append(to_bytes(latents, vae, vae_meta and vae_meta["scale"]))
     save_grid(torch.cat(images), columns, path)
 
 
 def velocity_of(model, settings, device, precision="bf16"):
-    """The model's velocity as a function (x, t, y); its products in bf16 on a GPU, unless precision is "float32"."""
-    def velocity(x, t, y):
+    """The model's velocity as a function (x, t, context), classes or embedded captions; its products in bf16 on a GPU,
+    unless precision is "float32"."""
+    def velocity(x, t, context):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device) and precision == "bf16"):
             if settings.get("time_from_noise"):
-                return -model(x, 1 - t, y)[0]
-            return model(x, t, y)[0]
+                return -model(x, 1 - t, context)[0]
+            return model(x, t, context)[0]
     return velocity
 
 
 def check_settings():
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE OUT", "whole number from 0": "NUM_SAMPLES SEED FRAMES",
+        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE TEXT_ENCODER OUT", "whole number from 0": "NUM_SAMPLES SEED FRAMES",
         "whole number from 1": "STEPS BATCH_SIZE", "number above 0": "TOLERANCE", "number from 0": "CFG_SCALE",
         "two numbers from 0 to 1": "GUIDANCE", "two whole numbers from 0 or None": "GRID",
         "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"), SOLVER=("euler", "heun", "adaptive"),
@@ -266,17 +274,45 @@ def check_settings():
         raise ValueError("FRAMES needs steps at the same times for all samples; set SOLVER to another than 'adaptive'")
 
 
+def read_prompts():
+    """PROMPTS as a list of texts; of a prepared folder, a list of the captions of each image."""
+    if isinstance(PROMPTS, (str, Path)):
+        if not Path(PROMPTS).is_dir():
+            raise ValueError(f"PROMPTS {str(PROMPTS)!r}: no such folder; set it to a prepared folder with captions, or "
+                             f"to a list of texts, as [{str(PROMPTS)!r}]")
+        data = PreparedDataset(PROMPTS, with_images=False)
+        if data.captions is None:
+            raise ValueError(f"PROMPTS {str(PROMPTS)!r}: holds no captions; prepare images that have some")
+        return [data.captions[first:last] for first, last in zip(data.caption_offsets[:-1], data.caption_offsets[1:])]
+    if not isinstance(PROMPTS, (list, tuple)) or not PROMPTS or not all(isinstance(each, str) and each.strip()
+                                                                       for each in PROMPTS):
+        raise ValueError(f"PROMPTS {PROMPTS!r}: this model draws from text; set it to a list of texts, none of them "
+                         f"empty, or to a prepared folder with captions")
+    return [" ".join(each.split()) for each in PROMPTS]
+
+
 class Sampler:
-    """A checkpoint ready to draw from: model, VAE, and the classes chosen by CLASSES, on the device."""
+    """A checkpoint ready to draw from: model, VAE, text encoder, and what CLASSES or PROMPTS choose, on the device."""
 
     def __init__(self, checkpoint, device):
         model, self.settings = load_model(checkpoint)
-        self.null, self.shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
-        self.classes = list(range(self.null)) if CLASSES is None else list(CLASSES)
-        if not self.classes or any(y not in range(self.null) for y in self.classes):
-            raise ValueError(f"CLASSES {self.classes} must name at least one of the model's classes 0..{self.null - 1}")
+        self.null, self.shape = getattr(model, "num_classes", None), (model.in_channels, *[model.input_size] * 2)
+        self.encoder, arguments = None, self.settings["sit"]
+        if "context_dim" in arguments:
+            self.choices, name = read_prompts(), TEXT_ENCODER or self.settings["TEXT_ENCODER"]
+            self.encoder = TextEncoder(name, self.settings["TEXT_LENGTH"])
+            if self.encoder.dim != arguments["context_dim"]:
+                raise ValueError(f"TEXT_ENCODER {name!r}: {self.encoder.dim} numbers a token, but {checkpoint} takes "
+                                 f"{arguments['context_dim']}; set it to {self.settings['TEXT_ENCODER']!r}")
+            self.encoder.to(device, torch.bfloat16 if has_bf16(device) and PRECISION == "bf16" else torch.float32)
+        else:
+            self.choices = list(range(self.null)) if CLASSES is None else list(CLASSES)
+            if not self.choices or any(y not in range(self.null) for y in self.choices):
+                raise ValueError(f"CLASSES {self.choices} must name at least one of the model's classes "
+                                 f"0..{self.null - 1}")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
-        if any(scale != 1 for scale in scales) and len(model.y_embedder.embedding_table.weight) == self.null:
+        if any(scale != 1 for scale in scales) and not arguments.get("class_dropout_prob",
+                                                                     self.settings["LABEL_DROPOUT"]):
             raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
         vae_meta, self.vae, self.scale = self.settings["data"]["vae"], None, None
         if vae_meta is not None:
@@ -286,11 +322,23 @@ class Sampler:
                 part.compile(fullgraph=True)
         self.device, self.velocity = device, velocity_of(model.to(device), self.settings, device, PRECISION)
 
-    def draw(self, indices, classes, cfg_scale=None, velocity=None):
-        """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of class classes[i]."""
-        noise, y = IndexedNoise(SEED, indices), torch.tensor(classes, device=self.device)
-        x, velocity = noise.draw(self.shape).to(self.device), velocity or self.velocity
-        options = dict(null=self.null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
+    def draw(self, indices, shown, cfg_scale=None, states=None):
+        """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of the class or prompt shown[i]. To a list `states`
+        is added what the network was given, step by step."""
+        if self.encoder is None:
+            y, null, context_of = torch.tensor(shown, device=self.device), self.null, lambda y: y
+        else:
+            y, context_of = torch.arange(len(shown), device=self.device), CaptionTable(self.encoder, shown)
+            null = context_of.null
+
+        def velocity(x, t, y):
+            if states is not None:
+                states.append(x[: len(shown)])
+            return self.velocity(x, t, context_of(y))
+
+        noise = IndexedNoise(SEED, indices)
+        x = noise.draw(self.shape).to(self.device)
+        options = dict(null=null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
         if MODE == "ode" and SOLVER == "adaptive":
             latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
         else:
@@ -299,29 +347,38 @@ class Sampler:
                 sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
         return to_bytes(latents, self.vae, self.scale).cpu()
 
-    def draw_all(self, indices, classes, **options):
+    def draw_all(self, indices, shown, **options):
         """The same for any number of them."""
-        return torch.cat([self.draw(indices[i : i + BATCH_SIZE], classes[i : i + BATCH_SIZE], **options)
+        return torch.cat([self.draw(indices[i : i + BATCH_SIZE], shown[i : i + BATCH_SIZE], **options)
                           for i in range(0, len(indices), BATCH_SIZE)])
 
 
-def class_of(index, classes):
-    """The class of a sample: in turn, or drawn at random by (SEED, index)."""
-    if CLASS_SAMPLING == "balanced":
-        return classes[index % len(classes)]
-    return classes[np.random.default_rng((SEED, 5, index)).integers(len(classes))]
+def class_of(index, choices):
+    """The class or prompt of a sample: in turn, or drawn at random by (SEED, index). Of the lists of images' captions
+    they come in turn, and from each list one at random."""
+    random, of_images = np.random.default_rng((SEED, 5, index)), isinstance(choices[0], list)
+    in_turn = CLASS_SAMPLING == "balanced" or of_images
+    choice = choices[index % len(choices) if in_turn else random.integers(len(choices))]
+    return choice[random.integers(len(choice))] if of_images else choice
+
+
+def save_lines(path, lines):
+    write_atomically(path, lambda file: file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
 
 
 def save_pictures(sampler, out):
     """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r
     of K classes: of class-balanced samples it is that sample."""
     rows, columns = GRID or (0, 0)
-    rows = min(rows or 10, len(sampler.classes))
-    shown = sampler.classes[:rows]
+    rows, kind = min(rows or 10, len(sampler.choices)), "prompts" if sampler.encoder else "classes"
+    shown = [class_of(r, sampler.choices) if isinstance(choice, list) else choice
+             for r, choice in enumerate(sampler.choices[:rows])]
+    if sampler.encoder:
+        save_lines(out / "rows.txt", shown)
     if GRID and all(GRID):
-        grid = [(c * len(sampler.classes) + r, shown[r]) for r in range(rows) for c in range(columns)]
+        grid = [(c * len(sampler.choices) + r, shown[r]) for r in range(rows) for c in range(columns)]
         save_grid(sampler.draw_all(*zip(*grid)), columns, out / "samples.png")
-        print(f"{out / 'samples.png'}: {rows} classes by {columns} samples")
+        print(f"{out / 'samples.png'}: {rows} {kind} by {columns} samples")
     if COMPARE:
         drawn = []
         for value in COMPARE:
@@ -329,24 +386,19 @@ def save_pictures(sampler, out):
             by = Sampler(value, sampler.device) if checkpoint else sampler
             drawn.append(by.draw_all(range(rows), shown, cfg_scale=CFG_SCALE if checkpoint else value))
         save_grid(torch.stack(drawn, dim=1).flatten(0, 1), len(COMPARE), out / "compare.png")
-        print(f"{out / 'compare.png'}: {rows} classes, the same noise with {', '.join(map(str, COMPARE))}")
+        print(f"{out / 'compare.png'}: {rows} {kind}, the same noise with {', '.join(map(str, COMPARE))}")
     if FRAMES:
         states = []
-
-        def recording(x, t, y):
-            states.append(x[:rows])
-            return sampler.velocity(x, t, y)
-
-        final = sampler.draw(range(rows), shown, velocity=recording)
+        final = sampler.draw(range(rows), shown, states=states)
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
         frames = [final if i == len(states) else to_bytes(states[i], sampler.vae, sampler.scale).cpu() for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
-        print(f"{out / 'path.png'}: {rows} classes, {FRAMES} moments from noise to image")
+        print(f"{out / 'path.png'}: {rows} {kind}, {FRAMES} moments from noise to image")
 
 
 def draw_samples(sampler, out, settings, checkpoint, rank, world):
-    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes), by all processes, samples.json that describes it, and
-    the pictures.
+    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes) or samples.npz and prompts.txt, by all processes,
+    samples.json that describes it, and the pictures.
 
     The images go straight into a memory-mapped file in OUT/unfinished, where `done` says which are there.
     """
@@ -373,12 +425,12 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     if rank == 0:  # while the others begin
         save_pictures(sampler, out)
 
-    classes = [class_of(i, sampler.classes) for i in range(NUM_SAMPLES)]
+    shown = [class_of(i, sampler.choices) for i in range(NUM_SAMPLES)]
     batches = [missing[i : i + BATCH_SIZE] for i in range(0, len(missing), BATCH_SIZE)]
     drawn = NUM_SAMPLES - len(missing)
     with tqdm(total=NUM_SAMPLES, initial=drawn, unit="img", desc="sampling", disable=rank > 0) as bar:
         for batch in batches[rank::world]:
-            images[batch] = sampler.draw(batch, [classes[i] for i in batch]).permute(0, 2, 3, 1).numpy()
+            images[batch] = sampler.draw(batch, [shown[i] for i in batch]).permute(0, 2, 3, 1).numpy()
             images.flush()
             done[batch] = True
             bar.update(int(done.sum()) - bar.n)  # of all processes
@@ -388,8 +440,10 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
 
     def write(path):
         with open(path, "wb") as file:
-            np.savez(file, arr_0=images, arr_1=np.array(classes))
+            np.savez(file, arr_0=images, **({} if sampler.encoder else dict(arr_1=np.array(shown))))
 
+    if sampler.encoder:
+        save_lines(out / "prompts.txt", shown)
     write_atomically(out / "samples.npz", write)
     if PNGS:
         (out / "png").mkdir(exist_ok=True)
@@ -398,7 +452,8 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     described = dict(settings, checkpoint=checkpoint, processes=world, torch=torch.__version__)
     write_atomically(out / "samples.json", lambda path: path.write_text(json.dumps(described, indent=1)))
     shutil.rmtree(unfinished)
-    print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, classes {CLASS_SAMPLING}")
+    print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, "
+          + ("prompts.txt what they show" if sampler.encoder else f"classes {CLASS_SAMPLING}"))
 
 
 @ends_in_one_line
@@ -411,8 +466,8 @@ def main():
     sampler = Sampler(checkpoint, device)
 
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
-    names = ("VAE", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "SEED", "MODE", "SOLVER", "STEPS", "TOLERANCE",
-             "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
+    names = ("VAE", "TEXT_ENCODER", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "PROMPTS", "SEED", "MODE", "SOLVER",
+             "STEPS", "TOLERANCE", "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
     with open(checkpoint, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):

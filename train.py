@@ -1,4 +1,5 @@
-"""Trains a SiT with HASTE (arXiv 2505.16792): phase I aligns it with a frozen teacher, phase II is plain SiT training.
+"""Trains a SiT, or an MMDiT on captions, with HASTE (arXiv 2505.16792): phase I aligns it with a frozen teacher, phase
+II is plain training.
 
     python train.py                                  # one GPU, or a CPU
     torchrun --nproc_per_node=8 train.py             # eight GPUs
@@ -33,11 +34,12 @@ from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import checkpoint
-from model import MODELS, attention_logits, build, interpolate
+from model import MODELS, attention_logits, interpolate, make_network
 from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, lock_folder,
                              open_loader, PreparedDataset, run_script, start_processes, write_atomically)
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
+from text import CaptionTable, TextEncoder
 from vae import load_vae
 
 # data and run
@@ -47,9 +49,13 @@ WORKERS = 8  # processes per GPU that read batches; 0: none but this one
 MIRROR = False  # show each image mirrored with probability 0.5; for latents, set prepare_latents.MIRROR first
 SEED = 0
 # model
-MODEL = "SiT-XL/2"  # see model.MODELS
+MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions
 PATH = "linear"  # interpolant: "linear" or "cosine"
-LABEL_DROPOUT = 0.1  # probability of training on "no label", for classifier-free guidance
+LABEL_DROPOUT = 0.1  # probability of training on "no label", or the empty caption, for classifier-free guidance
+# captions
+TEXT_ENCODER = "openai/clip-vit-large-patch14"  # of transformers: hub name or folder
+TEXT_LENGTH = 77  # tokens of a caption; longer ones are cut, shorter ones padded
+TEXT_TABLE_GIB = 4  # up to so many, all captions are encoded once; beyond, those of each batch
 # phase I: alignment with the teacher
 TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a file written by experiments/train_network.py
 LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) layers, 0-based; B/2: (2, 7) (3, 9) (4, 11)
@@ -88,8 +94,8 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
-          "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
+FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TEXT_ENCODER", "TEXT_LENGTH", "BATCH_SIZE", "TEACHER",
+          "LAYER_PAIRS", "ALIGN_DEPTH", "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "gradient_cosine",
            "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
 
@@ -148,16 +154,17 @@ def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
             attention_loss_of_qk(student_qk, teacher_qk) if student_qk else zero)
 
 
-def compute_losses(student, teacher, x, noise, t, y, images, align=alignment_losses):
-    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero."""
+def compute_losses(student, teacher, x, noise, t, context, images, align=alignment_losses):
+    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero.
+    context: what the student takes beside x_t and t, class ids [B] or embedded captions [B, L, C]."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
-        velocity, _, _ = student(x_t, t, y)
+        velocity, _, _ = student(x_t, t, context)
         feature = attention = torch.zeros((), device=x.device)
     else:
         teacher_tokens, teacher_qk = teacher(images, return_qk=True)
         layers = tuple(s for s, _ in LAYER_PAIRS) if ATTENTION_WEIGHT else ()
-        velocity, student_qk, features = student(x_t, t, y, layers, bool(FEATURE_WEIGHT), return_qk=True)
+        velocity, student_qk, features = student(x_t, t, context, layers, bool(FEATURE_WEIGHT), return_qk=True)
         feature, attention = align(features, student_qk, teacher_tokens, teacher_qk)
     return F.mse_loss(velocity.float(), target), feature, attention
 
@@ -169,10 +176,15 @@ def permutation(seed, epoch, count):
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
+def part_of(rank, world):
+    """This rank's part of the global batch."""
+    return slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
+
+
 def batch_indices(step, count, rank, world):
     """This rank's part of the step's batch: numbers of images, plus `count` for a mirrored one (see PreparedDataset).
     Epochs follow each other without a gap."""
-    part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
+    part = part_of(rank, world)
     positions = (np.arange(BATCH_SIZE) + step * BATCH_SIZE)[part]
     epochs = positions // count
     images = np.concatenate([permutation(SEED, int(epoch), count)[positions[epochs == epoch] % count]
@@ -180,9 +192,17 @@ def batch_indices(step, count, rank, world):
     return images + count * (MIRROR & (np.random.default_rng((SEED, 1, step)).random(BATCH_SIZE) < 0.5)[part])
 
 
+def caption_draws(step, rank, world):
+    """Which of its captions each image of this rank's part of the batch comes with: draws [B] in 0..1."""
+    return np.random.default_rng((SEED, 6, step)).random(BATCH_SIZE)[part_of(rank, world)]
+
+
 def open_batches(data, steps, rank, world, device):
-    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device."""
+    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device. Labels are
+    class ids, or for a model that takes text the numbers of captions."""
     order = (batch_indices(step, len(data), rank, world) for step in steps)
+    if "context_dim" in MODELS[MODEL]:
+        order = ((batch_indices(step, len(data), rank, world), caption_draws(step, rank, world)) for step in steps)
     return ([part if part is None else part.to(device, non_blocking=True) for part in batch]
             for batch in open_loader(data, order, WORKERS, device))
 
@@ -192,7 +212,7 @@ def draw_noise(step, shape, rank, world, device, stream=1):
     Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing. (Their
     model may: PyTorch spreads the draws over a GPU's multiprocessors.)"""
     generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
-    part = slice(rank * BATCH_SIZE // world, (rank + 1) * BATCH_SIZE // world)
+    part = part_of(rank, world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
     uniform = torch.rand(2, BATCH_SIZE, generator=generator, device=device)[:, part]
     return *normal, *uniform
@@ -260,11 +280,12 @@ def clip_gradients(shards, group):
 def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "DATA_DIR RUN_DIR TEACHER", "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
+        "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER", "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
         "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS LOG_EVERY CHECKPOINT_EVERY "
                                "CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
-        "whole number from 1": "ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED PREVIEW_STEPS",
-        "number from 0": "FEATURE_WEIGHT ATTENTION_WEIGHT LEARNING_RATE WEIGHT_DECAY", "number above 0": "GRAD_CLIP",
+        "whole number from 1": "TEXT_LENGTH ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED "
+                               "PREVIEW_STEPS", "number above 0": "GRAD_CLIP",
+        "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT LEARNING_RATE WEIGHT_DECAY",
         "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "number from -1 to 1": "CONFLICT_BELOW",
         "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
         "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
@@ -326,20 +347,21 @@ def open_tracker(run, settings, step):
 
 
 # ----- measurements beside the training step --------------------------------------------------------------------------
-def flops_per_image(model, teacher):
+def flops_per_image(model, teacher, captions=None):
     """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
 
     The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
-    pass makes two), the frozen teacher's once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
+    pass makes two), the frozen networks' once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
     """
     _, N, D = model.pos_embed.shape
-    blocks = [(3 * len(model.blocks), N, D)]
+    words, encoding = (captions.ids.shape[1], captions.cost()[1]) if captions else (0, 0)
+    blocks = [(3 * len(model.blocks), N + words, D)]
     if teacher is not None:
         blocks.append((len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim))
-    return sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
+    return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
 
 
-def check_memory(model, teacher, share, shards, precision, device):
+def check_memory(model, teacher, share, shards, precision, device, captions=None):
     """Bytes that a process needs at most for its share of a batch, estimated: PyTorch allocated 0.99 to 1.09 of them.
 
     Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
@@ -349,10 +371,12 @@ def check_memory(model, teacher, share, shards, precision, device):
     """
     (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
     kept = 5.5 if ACTIVATION_CHECKPOINTING else 37 if precision == torch.bfloat16 else 80
-    of_an_image, fixed = kept * len(model.blocks) * N * D, weights * (16 / shards + precision.itemsize)
+    words, table = (captions.ids.shape[1], captions.cost()[0]) if captions else (0, 0)
+    of_an_image = kept * len(model.blocks) * (N + words) * D
+    fixed = weights * (16 / shards + precision.itemsize) + table
     if teacher is not None:
         fixed += 4 * sum(p.numel() for p in teacher.parameters())
-        heads = min(model.blocks[0].attn.num_heads, teacher.network.blocks[0].attn.num_heads)
+        heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
         pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
         of_an_image += 8 * pairs * heads * rows * N + bool(FEATURE_WEIGHT) * N * (16 * 2048 + 20 * teacher.dim)
     needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
@@ -385,7 +409,7 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
+def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
     HASTE's measure of when the teacher starts to hinder: on the first CONFLICT_IMAGES images of the run, in whole
@@ -400,9 +424,10 @@ def gradient_cosine(model, teacher, align, data, rank, world, device, autocast):
             x = sample_latents(moments, posterior_noise, data.vae)
             for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
                 t = torch.full_like(x[:, 0, 0, 0], time)
+                context = context_of(y)
                 with autocast():
-                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise, t, y,
-                                                                   images, align)
+                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise, t,
+                                                                   context, images, align)
                 (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
         model.zero_grad(set_to_none=True)
@@ -434,14 +459,28 @@ def main():
     if MIRROR and data.mirrored is None:
         raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
-    sit = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], num_classes=len(data.classes),
-               class_dropout_prob=LABEL_DROPOUT, align_depth=ALIGN_DEPTH, teacher_dim=None)
+    sit, captions = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
+                         teacher_dim=None), None
+    if "context_dim" in sit:
+        if data.captions is None:
+            raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; prepare images that "
+                             f"have some, or choose a SiT")
+        encoder = TextEncoder(TEXT_ENCODER, TEXT_LENGTH).to(device, precision)
+        sit["context_dim"] = encoder.dim
+    else:
+        sit.update(num_classes=len(data.classes), class_dropout_prob=LABEL_DROPOUT)
     settings, run = checkpoint.describe(globals(), data, sit), Path(RUN_DIR)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
     phase_one_is_over = lambda: step >= ALIGN_STEPS or (
         TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
     aligning = aligning and (FEATURE_WEIGHT or ATTENTION_WEIGHT) > 0 and not phase_one_is_over()  # once False, for good
+
+    # what turns labels into the context that the model takes: classes as they are, captions to their embeddings
+    null, context_of = len(data.classes), lambda y: y
+    if "context_dim" in sit:
+        captions = context_of = CaptionTable(encoder, data.captions, TEXT_TABLE_GIB)
+        null, encoder = captions.null, None
 
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
@@ -453,10 +492,10 @@ def main():
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
-    model = build(MODEL, **dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
+    model = make_network(dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     model.bf16_tokens = RESIDUAL_PRECISION == "bf16" and precision == torch.bfloat16
-    flops = flops_per_image(model, teacher)
+    flops = flops_per_image(model, teacher, captions)
     if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
@@ -501,10 +540,10 @@ def main():
 
     # what the run will cost
     micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
-    memory = check_memory(model, teacher, BATCH_SIZE // world, shards, precision, device) / 2**30
+    memory = check_memory(model, teacher, BATCH_SIZE // world, shards, precision, device, captions) / 2**30
     peak_rate = world * matrix_rate(device, precision)
     hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
-    heads, N, D = model.blocks[0].attn.num_heads, *model.pos_embed.shape[1:]
+    heads, N, D = model.num_heads, *model.pos_embed.shape[1:]
     q = torch.empty(1, heads, N, D // heads, dtype=precision, device=device)
     kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()  # as PyTorch will choose
     log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, {kernel}, "
@@ -527,7 +566,7 @@ def main():
             trained = [p for p in model.parameters() if p.requires_grad]
             while len(trained_shards) > len(trained):  # the projector's are the last
                 del optimizer.state[trained_shards.pop()]
-            flops = flops_per_image(model, teacher)
+            flops = flops_per_image(model, teacher, captions)
             data = PreparedDataset(DATA_DIR, with_images=False)
             batches = open_batches(data, range(step, STEPS), rank, world, device)
             gc.unfreeze()
@@ -542,7 +581,7 @@ def main():
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
         posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
-        y = torch.where(drop < LABEL_DROPOUT, model.num_classes, labels)
+        y = torch.where(drop < LABEL_DROPOUT, null, labels)
 
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
@@ -550,8 +589,9 @@ def main():
             if sharded and MICRO_BATCHES > 1:  # ranks exchange gradients, and but for zero3 weights, once a step
                 model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
                 model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
+            context = context_of(y[part])
             with autocast():
-                denoising, feature, attention = compute_losses(model, teacher, x[part], noise[part], t[part], y[part],
+                denoising, feature, attention = compute_losses(model, teacher, x[part], noise[part], t[part], context,
                                                                images[part] if aligning else None, align)
             loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
             (loss / MICRO_BATCHES).backward()
@@ -584,7 +624,7 @@ def main():
             log(f"step {step:,}: {peak_gib(device):.3g} GiB used at most")
         if aligning and CONFLICT_EVERY and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
-            cosine = gradient_cosine(model, teacher, align, data, rank, world, device, autocast)
+            cosine = gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast)
             log(f"step {step:,}: gradient cosine {cosine:+.3f} between denoising and alignment loss")
             clock += time.perf_counter() - paused  # no training time
 
@@ -617,7 +657,7 @@ def main():
         if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
             if weights := checkpoint.whole_ema(ema):  # of all ranks, on rank 0
                 save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
-                             PREVIEW_STEPS, SEED)
+                             PREVIEW_STEPS, SEED, null, context_of, data.captions if captions else None)
         if (CHECKPOINT_EVERY and step % CHECKPOINT_EVERY == 0) or step == STEPS or stopped_by:
             failure = checkpoint.save(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
                                       checkpoint.run_state(model, optimizer, ema, meters), ema, CHECKPOINTS_KEPT,
