@@ -1,4 +1,4 @@
-"""Scores samples against real images: FID, sFID, inception score, precision and recall, as ADM's evaluator does.
+"""Scores samples: FID, sFID, inception score, precision, recall as ADM's evaluator does, and CLIP score of prompts.
 
     python fid.py                                       # SAMPLES against REFERENCE, with the constants below
     torchrun --nproc_per_node=8 fid.py                  # the same figures, by eight processes
@@ -46,10 +46,12 @@ OUT = "runs/haste-xl/fid.json"
 # in which features
 FEATURES = "inception"  # or what teacher.load_network takes: a timm name or a .safetensors file
 FEATURES_SIZE = 224  # pixels at which a timm name's network sees images; None: its own size, as a .safetensors file's
+RESIZE = "tf1"  # Inception's way to 299 pixels: "tf1", as ADM's; "bilinear", as pytorch-fid's, in which COCO is judged
 INCEPTION_WEIGHTS = None  # None: fetch INCEPTION_URL into torch.hub's cache; or the path of that file
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 PRECISION_RECALL_IMAGES = 10_000  # images of REFERENCE for precision and recall, as many as ADM's file has; None: all
+CLIP = None  # CLIP score of SAMPLES: a CLIP of transformers by hub name ("openai/clip-vit-large-patch14") or folder
 # speed and memory
 BATCH_SIZE = 128  # images per call of the network
 WORKERS = 8  # processes per GPU that decode a folder's images; 0: none but this one
@@ -229,16 +231,14 @@ class InceptionV3(nn.Module):
 
 
 def load_inception():
-    """(InceptionV3("tf1"), its weights' path), INCEPTION_WEIGHTS or INCEPTION_URL's, fetched once and checked against
+    """(InceptionV3(RESIZE), its weights' path), INCEPTION_WEIGHTS or INCEPTION_URL's, fetched once and checked against
     its hash."""
     path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
-        if INCEPTION_WEIGHTS:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        network = InceptionV3("tf1")
+        how = dict(map_location="cpu", weights_only=True)
+        state = (torch.load(path, **how) if INCEPTION_WEIGHTS else
+                 torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, **how))
+        network = InceptionV3(RESIZE)
         network.load_state_dict(state)
         return network, path
     except Exception as error:  # network, zip, unpickler and state dict each raise their own; one sentence serves all
@@ -248,12 +248,26 @@ def load_inception():
                          f"INCEPTION_WEIGHTS to the path of one") from error
 
 
+def preprocess(images, mean, std, size):
+    """uint8 [B, 3, H, W] to float32 [B, 3, size, size]: resized as Pillow does, bicubic with antialias to bytes (which
+    this equals within 1), then normalised."""
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+    return teacher.preprocess(images, mean, std, size)
+
+
+def sha256_of(network):
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def load_features(device):
     """(callable for measure(), {name, input size, sha256 of the weights}) of the network that FEATURES names.
 
-    A timm network's features are its head's input: of DINOv2 the normed class token. FD-DINOv2 (arXiv 2306.04675)
-    resizes as Pillow does, bicubic with antialias to bytes; this equals it within 1."""
+    A timm network's features are its head's input; of DINOv2 the normed class token, as in FD-DINOv2 (2306.04675)."""
     file = FEATURES if str(FEATURES).endswith(".safetensors") else None
     if FEATURES == "inception":
         network, file = load_inception()
@@ -266,16 +280,11 @@ def load_features(device):
         mean, std = (torch.tensor(config[name], device=device) for name in ("mean", "std"))
 
         def features(images):
-            if images.shape[-2:] != (size, size):
-                images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-                images = images.round().clamp(0, 255)
-            x = teacher.preprocess(images, mean, std, size)
-            return network.forward_head(network.forward_features(x), pre_logits=True).flatten(1), None, None
+            x = network.forward_features(preprocess(images, mean, std, size))
+            return network.forward_head(x, pre_logits=True).flatten(1), None, None
 
         network.to(device)
-    digest = hashlib.sha256()
-    for part in [Path(file).read_bytes()] if file else (p.cpu().numpy() for p in network.state_dict().values()):
-        digest.update(part)
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else sha256_of(network)
     try:
         if FEATURES != "inception" and size != own_size and hasattr(network, "set_input_size"):
             if size % network.patch_embed.patch_size[0]:
@@ -286,7 +295,49 @@ def load_features(device):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{FEATURES} takes no images of {size} pixels ({reason}); set FEATURES_SIZE to a multiple of "
                          f"its patch size, or to None") from error
-    return features, dict(features=str(FEATURES), features_size=size, weights_sha256=digest.hexdigest())
+    return features, dict(features=str(FEATURES), features_size=size, weights_sha256=digest)
+
+
+def load_clip(features, device):
+    """(callable for measure() that gives what `features` gives and images' embeddings, callable from texts to theirs,
+    {name, sha256 of the weights}) of the network that CLIP names.
+
+    Embeddings [B, D] are unit vectors, their products cosines, and the CLIP score is here the plain mean of these; that
+    of arXiv 2104.08718 is 2.5 max(cos, 0), and other tools print 100 max(cos, 0)."""
+    try:
+        import transformers
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        network, info = transformers.CLIPModel.from_pretrained(CLIP, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(CLIP)
+        if info["missing_keys"] or len(tokenizer) <= len(tokenizer.all_special_ids):  # made up in silence
+            raise ValueError(f"without {next(iter(info['missing_keys']), 'a vocabulary')}")
+        network = network.to(device, torch.float32).eval().requires_grad_(False)
+        try:
+            settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(CLIP)
+        except OSError:
+            settings = {}  # none there: OpenAI's
+        mean = torch.tensor(settings.get("image_mean", timm.data.OPENAI_CLIP_MEAN), device=device)
+        std = torch.tensor(settings.get("image_std", timm.data.OPENAI_CLIP_STD), device=device)
+        size, length = network.config.vision_config.image_size, network.config.text_config.max_position_embeddings
+
+        def features_and_embeddings(images):
+            pooled = network.vision_model(pixel_values=preprocess(images, mean, std, size)).pooler_output
+            return *features(images), F.normalize(network.visual_projection(pooled))
+
+        def embed_texts(texts):
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            return F.normalize(network.text_projection(network.text_model(**tokens.to(device)).pooler_output))
+
+        *_, embedding = features_and_embeddings(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        if not (embedding * embed_texts([""])).isfinite().all():
+            raise ValueError("its weights are damaged")
+    except Exception as error:  # the hub, the network stack and transformers each raise their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        remedy = ("pip install -r requirements-text.txt, or set CLIP = None" if isinstance(error, ImportError) else
+                  "set CLIP to one's hub name or folder; without a connection, copy the Hugging Face cache (HF_HOME)")
+        raise ValueError(f"CLIP {CLIP}: transformers loads no such model ({reason}); {remedy}") from error
+    return features_and_embeddings, embed_texts, dict(clip=str(CLIP), clip_weights_sha256=sha256_of(network))
 
 
 # ---- images
@@ -400,23 +451,40 @@ def open_images(path, constant):
     return images
 
 
+def read_prompts(images):
+    """The prompt of each: its first caption in a prepared folder, or its line of prompts.txt in the images' folder."""
+    data = PreparedDataset(images.path) if (images.path / "meta.json").exists() else None
+    if data and data.captions:
+        return [data.captions[first] for first in data.caption_offsets[:-1]]
+    file = (images.path if images.path.is_dir() else images.path.parent) / "prompts.txt"
+    try:
+        prompts = file.read_bytes().decode().removesuffix("\n").split("\n")  # splitlines() knows other ends of lines
+        if len(prompts) != images.count:
+            raise ValueError(f"{len(prompts)} lines")
+        return prompts
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not the {images.count} prompts of {images.path} for the CLIP score ({error}); write "
+                         f"them there, in UTF-8, one a line, or set CLIP = None") from error
+
+
 # ---- their statistics
 
 
 @torch.no_grad()
 def measure(name, images, kept, features, device, rank, world):
     """One pass over all images: on rank 0 their mean and covariance (N - 1) under ADM's names, and "features" and, if
-    there are, "probs" of `kept` of them, in their order.
+    there are, "probs" and "clip" of `kept` of them, in their order.
 
-    features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None)."""
+    features: callable, uint8 [B, 3, H, W] -> (features [B, D], spatial [B, S] or None, probs [B, classes] or None), and
+    after them may come CLIP's embeddings."""
     def outputs(batch):
         batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
-        return {key: y for key, y in zip(("features", "spatial", "probs"), features(batch)) if y is not None}
+        return {key: y for key, y in zip(("features", "spatial", "probs", "clip"), features(batch)) if y is not None}
 
     widths = {key: y.shape[1] for key, y in outputs(torch.zeros(1, 3, *images.size, dtype=torch.uint8)).items()}
     tables = {key: torch.zeros(kept, width, device=device) for key, width in widths.items() if key != "spatial"}
     sums = {key: torch.zeros(width + 1, width, dtype=torch.float64, device=device)  # of y'y and, in the last row, y
-            for key, width in widths.items() if key != "probs"}
+            for key, width in widths.items() if key in ("features", "spatial")}
     chosen = np.arange(kept) * images.count // kept  # evenly spaced
     chosen_there = torch.from_numpy(chosen).to(device)
     bad = torch.full((), images.count, device=device)  # first image of the first batch with features not finite
@@ -456,11 +524,12 @@ def measure_reference(images, kept, features, network, device, rank, world):
     """(measure() of the reference, the file beside it that keeps this for the next evaluation or None). The file counts
     if it was made of the same images, by name, size and time, with the same network and settings."""
     path = Path(os.path.abspath(images.path))
-    cache = path.with_name(f"{path.name}.{Path(FEATURES).name}-{network['weights_sha256'][:8]}-"
+    kind = Path(FEATURES).name + ("-bilinear" if (FEATURES, RESIZE) == ("inception", "bilinear") else "")
+    cache = path.with_name(f"{path.name}.{kind}-{network['weights_sha256'][:8]}-"
                            f"{network['features_size']}-{kept}.npz")
     names = sorted(list_folder(path)) if path.is_dir() else [""]
     states = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in names]
-    made_of = json.dumps(dict(network, format=1, kept=kept, images=images.count, features=Path(FEATURES).name,
+    made_of = json.dumps(dict(network, format=1, kept=kept, images=images.count, features=kind,
                               files=hashlib.sha256(json.dumps(states).encode()).hexdigest()))
     real = None
     try:
@@ -495,9 +564,9 @@ def main():
     # processes, and what to compare
     rank, world, device = start_processes()
     check_constants(globals(), {
-        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS",
+        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS CLIP",
         "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1": "BATCH_SIZE DISTANCES",
-        "whole number from 1 or None": "FEATURES_SIZE"})
+        "whole number from 1 or None": "FEATURES_SIZE"}, RESIZE=("tf1", "bilinear"))
     if rank == 0:
         check_writable(OUT)
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
@@ -508,14 +577,16 @@ def main():
                          f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
     if reference.count and kept < 4:
         raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
+    prompts = read_prompts(samples) if CLIP else None
 
-    # network
+    # networks
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_float32_matmul_precision("highest")  # TF32's 10 bits of mantissa would show in the metrics
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     if local_rank > 0:
         dist.barrier()  # a node's first process fetches the weights, the others find them there
     features, network = load_features(device)
+    of_samples, embed_texts, clip = load_clip(features, device) if CLIP else (features, None, {})
     if world > 1 and local_rank == 0:
         dist.barrier()
 
@@ -523,7 +594,7 @@ def main():
     real, cache = {}, None
     if reference.count:
         real, cache = measure_reference(reference, kept, features, network, device, rank, world)
-    fake = measure("samples", samples, samples.count, features, device, rank, world)
+    fake = measure("samples", samples, samples.count, of_samples, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -531,20 +602,23 @@ def main():
     real = {**real, **stored}
 
     # metrics
-    how = dict(network, samples=samples.path, sample_count=samples.count, reference=reference.path,
+    how = dict(network, **clip, samples=samples.path, sample_count=samples.count, reference=reference.path,
                reference_count=reference.count, reference_stored=list(stored), reference_cache=cache,
                precision_recall_reference_count=kept, batch_size=BATCH_SIZE, processes=world, device=device,
-               versions={name: version(name) for name in ("torch", "timm", "numpy", "scipy", "pillow")})
+               versions={name: version(name) for name in
+                         ("torch", "timm", "numpy", "scipy", "pillow") + ("transformers",) * bool(CLIP)})
     try:
         how["samples_settings"] = json.loads(samples.path.with_suffix(".json").read_text())
     except (OSError, ValueError):
         pass  # not sample.py's
     distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
     if FEATURES == "inception":
-        label, metrics = "FID, sFID, inception score, precision, recall as in ADM's evaluator", dict(fid=distance)
-        how.update(inception_weights=str(INCEPTION_WEIGHTS or INCEPTION_URL),
+        label = {"tf1": "FID, sFID, inception score, precision, recall as in ADM's evaluator",
+                 "bilinear": "FID as in pytorch-fid; inception score, precision, recall of the same network"}[RESIZE]
+        metrics = dict(fid=distance)
+        how.update(resize=RESIZE, inception_weights=str(INCEPTION_WEIGHTS or INCEPTION_URL),
                    inception_score_splits=max(1, round(samples.count / 5000)))  # ADM's parts hold 5,000 images
-        if {"mu_s", "sigma_s"} <= real.keys():
+        if RESIZE == "tf1" and {"mu_s", "sigma_s"} <= real.keys():  # pytorch-fid defines no sFID
             metrics["sfid"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
         metrics["inception_score"], how["inception_score_std"] = inception_score(fake["probs"],
                                                                                  how["inception_score_splits"])
@@ -552,6 +626,10 @@ def main():
         label, metrics = f"Frechet distance in the features of {Path(FEATURES).name}", dict(frechet_distance=distance)
     if reference.count:
         metrics["precision"], metrics["recall"] = precision_recall(real["features"], fake["features"])
+    if CLIP:
+        texts = torch.cat([embed_texts(prompts[rows.start : rows.stop]) for rows in split(len(prompts), 1)])
+        metrics["clip_score"] = (fake["clip"] * texts.cpu()).sum(dim=1).double().mean().item()
+        label += f"; CLIP score in {CLIP}"
 
     # table and file
     for images, measured in ((samples, True), (reference, not {"mu", "sigma"} <= stored.keys())):

@@ -1,6 +1,7 @@
-"""fid.py: the reference numbers, pytorch-fid, torch-fidelity and ADM's formulas as judges, main() end to end, in one
-process and in two, and bad input."""
+"""fid.py: the reference numbers, pytorch-fid, torch-fidelity, transformers and ADM's formulas as judges, main() end to
+end, in one process and in two, and bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fid
+import prepare_latents
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,20 +191,24 @@ def test_resize_is_tensorflow_1s(height, width):
 WIDTHS = [512, pytest.param(2048, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_fid_of_image_files_equals_pytorch_fids(pytorch_fids_network, tmp_path, width):
+@pytest.mark.parametrize("root", ["of few images", pytest.param("their own", marks=pytest.mark.slow)])
+def test_main_with_bilinear_resize_gives_pytorch_fids_number(configure, pytorch_fids_network, tmp_path, root):
     judge = pytest.importorskip("pytorch_fid.fid_score", reason="pytorch-fid is the judge")
-    (theirs, state), ours = pytorch_fids_network, fid.InceptionV3("bilinear")
-    ours.load_state_dict(state)
-    expected, found = [], []
-    for seed, count in ((1, 7), (2, 9)):
-        folder = tmp_path / str(seed)
-        save_images(write_images(tmp_path / "images.npz", count, size=32, seed=seed), folder)
-        mu, sigma = judge.calculate_activation_statistics(sorted(folder.rglob("[!.]*.png")), theirs, 4, num_workers=0)
-        expected += [mu[:width], sigma[:width, :width]]
-        measured = fid.measure("", fid.open_images(folder, ""), count, ours, torch.device("cpu"), 0, 1)
-        found += [measured["mu"][:width], measured["sigma"][:width, :width]]
-    assert fid.frechet_distance(*found) == pytest.approx(judge.calculate_frechet_distance(*expected), rel=1e-3)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, (folder, count) in enumerate(zip(folders, (7, 9))):
+        folder.mkdir()
+        for i, image in enumerate(write_images(tmp_path / "images.npz", count, size=32, seed=seed)):
+            Image.fromarray(image).save(folder / f"{i}.png")
+    configure(RESIZE="bilinear", SAMPLES=str(folders[0]), REFERENCE=str(folders[1]))
+    result = fid.main()
+    if root == "their own":
+        expected = judge.calculate_fid_given_paths([str(folder) for folder in folders], 4, "cpu", 2048, num_workers=0)
+    else:
+        expected = few_images_distance(*(torch.from_numpy(judge.get_activations(
+            sorted(folder.iterdir()), pytorch_fids_network[0], 4, num_workers=0)) for folder in folders))
+    assert result["fid"] == pytest.approx(expected, rel=1e-3)
+    assert result["label"].startswith("FID as in pytorch-fid") and result["resize"] == "bilinear"
+    assert "sfid" not in result and result["inception_score"] >= 1 and result["recall"] >= 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -395,6 +401,146 @@ def test_a_timm_name_sees_images_resized_by_pillow_at_features_size(configure, m
         fid.main()
 
 
+# ---- CLIP score
+
+
+PROMPTS = ["a cat", "", "Katze \u2028 \U0001f431", "a cat on a cat " * 20, "cat", "x"]  # of the images in samples.npz
+
+
+def write_clip(folder, transformers):
+    """A small CLIP of random weights, written by transformers itself, and a vocabulary of bytes in the usual layout."""
+    torch.manual_seed(0)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "ca", "cat</w>", "<start>", "<end>"]
+    half = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    config = transformers.CLIPConfig(
+        text_config=dict(half, vocab_size=516, max_position_embeddings=12, bos_token_id=514, eos_token_id=515),
+        vision_config=dict(half, image_size=16, patch_size=4), projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="CLIPTokenizer", bos_token="<start>", eos_token="<end>", pad_token="<end>", unk_token="<end>")))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """None where transformers is not installed."""
+    with contextlib.suppress(ImportError):
+        import transformers
+        folder = tmp_path_factory.mktemp("clip")
+        write_clip(folder, transformers)
+        return folder
+
+
+@pytest.fixture
+def configure_clip(configure, teacher_file, clip_folder, tmp_path):
+    """configure() with a CLIP of its own, and prompts beside the samples."""
+    pytest.importorskip("transformers")
+
+    def set_constants(**constants):
+        shutil.copytree(clip_folder, tmp_path / "clip")
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        return configure(**{"FEATURES": str(teacher_file), "CLIP": str(tmp_path / "clip"), **constants})
+    return set_constants
+
+
+def cosines(folder, images, prompts, mean, std):
+    """[image, prompt], by transformers' CLIPModel and Pillow's resize."""
+    import transformers
+    network = transformers.CLIPModel.from_pretrained(folder).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        prompts, padding=True, max_length=12, truncation=True, return_tensors="pt")
+    resized = np.stack([Image.fromarray(image).resize((16, 16), Image.BICUBIC) for image in images])
+    pixels = (torch.from_numpy(resized) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    with torch.no_grad():
+        logits = network(pixel_values=pixels.permute(0, 3, 1, 2), **tokens).logits_per_image
+        return (logits / network.logit_scale.exp()).double().numpy()
+
+
+@pytest.mark.parametrize("size, mean, std, tolerance", [
+    (16, timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD, 1e-6),  # at the network's own size, without a file
+    (32, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], 1e-4)])  # resized, and a file that says how to normalise
+def test_clip_score_is_the_mean_cosine_in_clip(configure_clip, tmp_path, capsys, size, mean, std, tolerance):
+    out = configure_clip()
+    images = write_images(fid.SAMPLES, 6, size=size, seed=1)
+    write_images(fid.REFERENCE, 9, size=size)
+    if size == 32:
+        (tmp_path / "clip/preprocessor_config.json").write_text(json.dumps(dict(image_mean=mean, image_std=std)))
+    result = fid.main()
+    expected = cosines(fid.CLIP, images, PROMPTS, mean, std)
+    assert result["clip_score"] == pytest.approx(expected.diagonal().mean(), abs=tolerance)
+    assert abs(result["clip_score"] - expected[:, ::-1].diagonal().mean()) > 2 * tolerance  # each prompt with its image
+    assert result["label"].endswith(f"; CLIP score in {fid.CLIP}") and result["clip"] == fid.CLIP
+    assert len(result["clip_weights_sha256"]) == 64 and "transformers" in result["versions"]
+    assert json.loads(out.read_text()) == result and "clip_score" in capsys.readouterr().out
+    fid.CLIP = None
+    assert fid.main()["frechet_distance"] == result["frechet_distance"]
+
+
+@pytest.mark.parametrize("content, found", [
+    (None, "No such file"), (b"one\ntwo\n", "2 lines"), (b"\n" * 7, "7 lines"), (b"\xff\n" * 6, "can't decode byte")])
+def test_samples_without_their_prompts_are_refused_at_once(configure, tmp_path, content, found):
+    configure(CLIP="absent", INCEPTION_WEIGHTS="absent.pth")
+    if content:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"prompts.txt: not the 6 prompts of .*samples.npz .*{found}.*; write"):
+        fid.main()
+
+
+def test_prompts_of_a_prepared_folder_are_first_captions(monkeypatch, tmp_path):
+    expected = [f"drawing {i} \u2028" for i in range(5)]
+    (tmp_path / "source").mkdir()
+    for i, caption in enumerate(expected):
+        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"source/{i}.png")
+        captions = [caption, *(f"another {j}" for j in range(i))]
+        (tmp_path / f"source/{i}.txt").write_text("\n".join(captions), encoding="utf-8")
+    for name, value in dict(SOURCE=str(tmp_path / "source"), DATA_DIR=str(tmp_path / "prepared"), IMAGE_SIZE=16,
+                            VAE=None, WORKERS=0, BATCH_SIZE=8).items():
+        monkeypatch.setattr(prepare_latents, name, value)
+    prepare_latents.main()
+    found = fid.read_prompts(fid.open_images(tmp_path / "prepared", "SAMPLES"))
+    assert [prompt.split() for prompt in found] == [prompt.split() for prompt in expected]
+
+
+def test_a_prepared_folder_without_captions_has_no_prompts(configure, data_dir):
+    configure(CLIP="absent", INCEPTION_WEIGHTS="absent.pth", SAMPLES=str(data_dir), REFERENCE=str(data_dir))
+    with pytest.raises(ValueError, match="prompts.txt: not the 200 prompts of .*No such file"):
+        fid.main()
+
+
+def damage_weights(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    state["text_projection.weight"].fill_(torch.nan)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("break_it, sentence", [
+    (shutil.rmtree, "loads no such model"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"), "loads no such model"),
+    (lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")], "loads no such model"),
+    (damage_weights, "loads no such model .its weights are damaged"),
+    (lambda folder: save_file({"logit_scale": torch.ones(())}, folder / "model.safetensors", metadata={"format": "pt"}),
+     "loads no such model .without ")])
+def test_what_is_no_clip_is_refused_in_one_line(configure_clip, tmp_path, monkeypatch, break_it, sentence):
+    configure_clip()
+    break_it(tmp_path / "clip")
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(ValueError, match=f"^CLIP {fid.CLIP}: transformers {sentence}.*; set CLIP to") as error:
+        fid.main()
+    assert "\n" not in str(error.value)
+
+
+def test_clip_score_without_transformers_says_what_to_install(configure_clip, monkeypatch):
+    configure_clip()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(ValueError, match="pip install -r requirements-text.txt, or set CLIP = None"):
+        fid.main()
+
+
 # ---- the reference's statistics, kept
 
 
@@ -435,6 +581,23 @@ def test_kept_statistics_serve_no_other_settings(configure, teacher_file, tmp_pa
         capsys.readouterr()
         result = fid.main()
         assert "earlier" not in capsys.readouterr().out and result["precision_recall_reference_count"] == 5
+
+
+def test_kept_statistics_serve_no_other_resize(configure, tmp_path, monkeypatch, capsys):
+    configure()
+    images = fid.open_images(fid.REFERENCE, "REFERENCE")
+    network, kept = dict(features="inception", features_size=299, weights_sha256="0123456789"), {}
+    for resize in ("tf1", "bilinear", "tf1", "bilinear"):
+        monkeypatch.setattr(fid, "RESIZE", resize)
+        features = (lambda images: (images.flatten(1)[:, :3].float() + len(resize), None, None))
+        images = fid.open_images(fid.REFERENCE, "REFERENCE")
+        found, cache = fid.measure_reference(images, 9, features, network, torch.device("cpu"), 0, 1)
+        assert ("earlier" in capsys.readouterr().out) == (resize in kept)
+        np.testing.assert_array_equal(kept.setdefault(resize, found)["mu"], found["mu"])
+        if resize == "tf1":  # as before there was a choice
+            assert cache.name == "reference.npz.inception-01234567-299-9.npz"
+            assert "resize" not in str(np.load(cache)["made_of"])
+    assert (kept["tf1"]["mu"] != kept["bilinear"]["mu"]).all()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK no zip", "half", "pickled"])
@@ -478,7 +641,7 @@ def launch(tmp_path):
     (tmp_path / "launched.py").write_text(LAUNCHED)
 
     def run(processes):
-        names = ("SAMPLES", "REFERENCE", "BATCH_SIZE", "OUT", "INCEPTION_WEIGHTS", "WORKERS", "FEATURES")
+        names = ("SAMPLES", "REFERENCE", "BATCH_SIZE", "OUT", "INCEPTION_WEIGHTS", "WORKERS", "FEATURES", "CLIP")
         constants = json.dumps({name: getattr(fid, name) for name in names})
         return subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -487,9 +650,10 @@ def launch(tmp_path):
     return run
 
 
-def test_two_processes_measure_what_one_measures(configure, teacher_file, tmp_path, data_dir, launch):
-    configure(FEATURES=str(teacher_file), BATCH_SIZE=2, WORKERS=1)
+def test_two_processes_measure_what_one_measures(configure, teacher_file, clip_folder, tmp_path, launch):
+    configure(FEATURES=str(teacher_file), BATCH_SIZE=2, WORKERS=1, CLIP=clip_folder and str(clip_folder))
     save_images(write_images(tmp_path / "samples.npz", 11), tmp_path / "folder")
+    (tmp_path / "folder/prompts.txt").write_text("\n".join(PROMPTS + PROMPTS[:5]), encoding="utf-8")
     fid.SAMPLES = str(tmp_path / "folder")  # six batches, the last of one image; of the reference five
     one = fid.main()
     (cache,) = tmp_path.glob("reference.npz.*.npz")
@@ -498,7 +662,7 @@ def test_two_processes_measure_what_one_measures(configure, teacher_file, tmp_pa
     assert done.returncode == 0, done.stderr
     two = json.loads(Path(fid.OUT).read_text())
     assert two["processes"] == 2 and done.stdout.count("precision") == 2  # rank 0 alone speaks
-    for key in ("frechet_distance", "precision", "recall"):
+    for key in ("frechet_distance", "precision", "recall", *(["clip_score"] if clip_folder else [])):
         assert two[key] == pytest.approx(one[key], rel=1e-5)
     with np.load(cache) as found, np.load(tmp_path / "one.npz") as expected:
         for key in ("mu", "sigma", "features"):  # the features in the images' order
@@ -613,6 +777,8 @@ def test_figures_are_printed_before_they_are_written(configure, teacher_file, mo
     (dict(BATCH_SIZE=0), "BATCH_SIZE = 0; allowed: whole number from 1"),
     (dict(WORKERS=-1), "WORKERS = -1; allowed: whole number from 0"),
     (dict(SAMPLES=None), "SAMPLES = None; allowed: path"),
+    (dict(CLIP=""), "CLIP = ''; allowed: path or None"),
+    (dict(RESIZE="bicubic"), "unknown RESIZE 'bicubic'; choose one of tf1, bilinear"),
     (dict(FEATURES_SIZE=0), "FEATURES_SIZE = 0; allowed: whole number from 1 or None")])
 def test_settings_out_of_range_are_refused(configure, constants, message):
     configure(**constants)
