@@ -112,7 +112,8 @@ def find(run, settings, frozen):
         raise damaged(found[-1], error) from error
     differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
                  if saved.get(key, settings[key]) != settings[key]  # an older version's run need not have it
-                 and not (key == "TEACHER" and os.path.realpath(saved[key]) == os.path.realpath(settings[key]))]
+                 and not (key in ("TEACHER", "TEXT_ENCODER")
+                          and os.path.realpath(saved[key]) == os.path.realpath(settings[key]))]
     differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'].get(key))}"
                   for key, value in saved["data"].items() if value != settings["data"].get(key)]
     if differing:

@@ -37,6 +37,8 @@ class TextEncoder(nn.Module):
             if missing := [key for key in found["missing_keys"] if "pooler" not in key]:  # which would stay random
                 raise ValueError(f"no weights {', '.join(sorted(missing)[:3])}")
             self.tokenizer = tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):  # as it would be made without files
+                raise ValueError("no vocabulary")
             self.length = min(length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
             self.dim, self.layers, self.pad = config.hidden_size, config.num_hidden_layers, tokenizer.pad_token_id
             self.masked = config.model_type != "clip_text_model" and "attention_mask" in tokenizer.model_input_names

@@ -1,6 +1,7 @@
 """Speeds, side by side in one run.
 
     PYTHONPATH=. python tests/bench.py train   # steps of plain SiT, phase I and phase II
+    PYTHONPATH=. python tests/bench.py text    # steps of MMDiT/2 with captions from a table, and encoded at each step
     PYTHONPATH=. python tests/bench.py data    # preparing and loading images
     PYTHONPATH=. python tests/bench.py fid     # precision and recall, features of the FID Inception
     PYTHONPATH=. python tests/bench.py checkpoint     # how long training waits for one; also under torchrun
@@ -9,14 +10,16 @@ The first prints the median time of a whole step (forward, losses, backward, cli
 MFU (train.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
-The second measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
+The second measures one model of full size and a text encoder of the default's, with random weights, in turn.
+
+The third measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
 beside Pillow's bare decoding and resizing; the loader with one worker; a data set of ImageNet's size; and on a GPU the
 VAE's encoder (random weights).
 
-The third measures precision and recall of 50,000 against 10,000 images in 2,048 random features, with the process's
+The fourth measures precision and recall of 50,000 against 10,000 images in 2,048 random features, with the process's
 peak memory, and the Inception in turn with pytorch-fid's of the same random weights.
 
-The fourth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
+The fifth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
 """
 
 import io
@@ -44,6 +47,7 @@ import train
 from model import build
 from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
+from text import CaptionTable, TextEncoder
 from train import flops_per_image, matrix_rate
 from vae import AutoencoderKL
 
@@ -56,7 +60,31 @@ IMAGE_SIZE = 256
 ROUNDS = 30 if CUDA else 8  # of one step of each kind in turn
 WARMUP = 5 if CUDA else 1  # rounds that do not count
 COMPILE = CUDA
+TEXT_BATCH_SIZE = 64 if CUDA else 2
 KINDS = ("plain SiT", "phase I", "phase II")
+
+
+def step_of(model, teacher, align, y, context_of):
+    """A function that makes one training step on random data; y [B]: see context_of, which a call may replace."""
+    device, batch_size = y.device, len(y)
+    optimizer = train.make_optimizer(model)
+    averaged = [p for name, p in model.named_parameters() if not name.startswith("projectors.")]
+    ema = [p.detach().clone() for p in averaged]
+    update_ema = get_ema_multi_avg_fn(0.9999)
+    x, noise = torch.randn(2, batch_size, 4, 32, 32, device=device)
+    t = torch.rand(batch_size, device=device)
+    images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+
+    def step(context_of=context_of):
+        context = context_of(y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=CUDA):
+            denoising, feature, attention = train.compute_losses(model, teacher, x, noise, t, context, images, align)
+        (denoising + 0.5 * feature + 0.5 * attention).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, averaged, None)
+    return step
 
 
 def make_step(kind):
@@ -76,23 +104,8 @@ def make_step(kind):
         align = torch.compile(align, fullgraph=True, dynamic=False)
     if kind == "phase II":
         model.projectors = None
-    optimizer = train.make_optimizer(model)
-    averaged = [p for name, p in model.named_parameters() if not name.startswith("projectors.")]
-    ema = [p.detach().clone() for p in averaged]
-    update_ema = get_ema_multi_avg_fn(0.9999)
-    x, noise = torch.randn(2, BATCH_SIZE, 4, 32, 32, device=device)
-    t, y = torch.rand(BATCH_SIZE, device=device), torch.randint(0, 1000, (BATCH_SIZE,), device=device)
-    images = torch.randint(0, 256, (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=CUDA):
-            denoising, feature, attention = train.compute_losses(model, teacher, x, noise, t, y, images, align)
-        (denoising + 0.5 * feature + 0.5 * attention).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, averaged, None)
-    return step, flops
+    y = torch.randint(0, 1000, (BATCH_SIZE,), device=device)
+    return step_of(model, teacher, align, y, lambda y: y), flops
 
 
 def timed(function):
@@ -252,6 +265,35 @@ def bench_steps():
               f"{memory[kind]:>10.2f}")
 
 
+def bench_text():
+    import transformers
+    from tokenizers import Tokenizer, models
+    device, captions = torch.device("cuda" if CUDA else "cpu"), ["a", "b", "c"]
+    with tempfile.TemporaryDirectory() as folder:  # of CLIP ViT-L/14's size
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            projection_dim=768)).save_pretrained(folder)
+        words = Tokenizer(models.WordLevel({"": 0, "a": 1, "b": 2, "c": 3}, unk_token=""))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=77,
+                                             pad_token="").save_pretrained(folder)
+        encoder = TextEncoder(folder).to(device, torch.bfloat16 if CUDA else torch.float32)
+    contexts = {"table": CaptionTable(encoder, captions), "encoded at each step": CaptionTable(encoder, captions, gib=0)}
+    model = build("MMDiT/2", teacher_dim=None).to(device)
+    flops = [flops_per_image(model, None, context) for context in contexts.values()]
+    if COMPILE:
+        for part in (*model.blocks, model.final_layer):
+            part.compile(fullgraph=True, dynamic=False)
+    y = torch.arange(TEXT_BATCH_SIZE, device=device) % 3
+    step, ratios = step_of(model, None, train.alignment_losses, y, contexts["table"]), []
+    for i in range(WARMUP + ROUNDS):
+        a, b = (timed(lambda: step(context)) for context in contexts.values())
+        ratios.append(b / a)
+    ratios = sorted(ratios[WARMUP:])
+    print(f"MMDiT/2, batch {TEXT_BATCH_SIZE}, phase II: a step that encodes its captions / one that reads them from the table "
+          f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); by operations {flops[1] / flops[0]:.3f}, "
+          f"{flops[0] / 1e9:.0f} GFLOP per image with the table")
+
+
 def bench_fid():
     from pytorch_fid import inception as judge
     generator = torch.Generator().manual_seed(0)
@@ -293,4 +335,4 @@ def bench_checkpoint():
 
 
 if __name__ == "__main__":
-    {"data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()
+    {"text": bench_text, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()

@@ -20,7 +20,7 @@ import fid
 import prepare_latents
 import sample
 import train
-from model import build
+from model import MODELS, build
 from prepare_latents import PreparedDataset
 from text import CaptionTable, TextEncoder
 
@@ -59,9 +59,13 @@ def coco(tmp_path_factory):
     return folder / "prepared"
 
 
+SMALLER = dict(depth=4, hidden_size=48, num_heads=2)  # than MMDiT-T/4
+
+
 @pytest.fixture
-def text_run(small_run, coco, encoder_dir):
+def text_run(small_run, coco, encoder_dir, monkeypatch):
     """small_run for captions."""
+    monkeypatch.setitem(MODELS, "MMDiT-T/4", dict(MODELS["MMDiT-T/4"], **SMALLER))
     return lambda **constants: small_run(**{**text_constants(coco, encoder_dir), **constants})
 
 
@@ -131,7 +135,8 @@ def test_captions_encoded_at_each_step_are_those_of_the_table(text_run, tmp_path
 
 
 def test_resume_on_captions_is_bit_exact(run_process, coco, encoder_dir, tmp_path):  # noqa: F811
-    constants = dict(text_constants(coco, encoder_dir), CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=8)
+    constants = dict(text_constants(coco, encoder_dir), CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=8,
+                     extra=f"train.MODELS['MMDiT-T/4'].update({SMALLER})")
     assert run_process(tmp_path / "whole", **constants).returncode == 0
     for at in (3, 7):
         assert run_process(tmp_path / "killed", signal.SIGKILL, at, **constants).returncode == -signal.SIGKILL
@@ -264,11 +269,10 @@ def test_without_transformers_classes_train_and_text_says_what_to_install(coco, 
 def test_published_checkpoints_of_text_load(tmp_path):
     """The releases' layout: a dict with model, ema, opt, args, steps; read off its weights which encoder it wants."""
     torch.manual_seed(0)
-    theirs = build("MMDiT-T/4", hidden_size=768, depth=24, num_heads=24, patch_size=8, context_dim=768, teacher_dim=8,
-                   projector_dim=8, align_depth=8)
+    theirs = build("MMDiT-T/4", teacher_dim=8)
     namespace = __import__("argparse").Namespace(model="MMDiT")
     torch.save(dict(model={}, ema=theirs.state_dict(), opt={}, args=namespace, steps=250000), tmp_path / "0250000.pt")
     model, settings = checkpoint.load_model(tmp_path / "0250000.pt")
     assert settings["TEXT_ENCODER"] == "openai/clip-vit-large-patch14" and settings["TEXT_LENGTH"] == 77
-    assert settings["data"]["vae"]["name"] == "stabilityai/sd-vae-ft-ema" and model.num_heads == 24
+    assert settings["data"]["vae"]["name"] == "stabilityai/sd-vae-ft-ema" and model.num_heads == 6
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in model.state_dict().items())
