@@ -1,4 +1,4 @@
-"""Turns images into a prepared data set: VAE latents to train on, the images for the teacher, the labels.
+"""Turns images into a prepared data set: VAE latents to train on, the images for the teacher, labels, captions.
 
     python prepare_latents.py                               # ImageNet: SOURCE into DATA_DIR, with the constants below
     torchrun --nproc_per_node=8 prepare_latents.py          # on eight GPUs
@@ -6,7 +6,9 @@
 
 SOURCE is told apart by what it is: a folder with one folder of images per class; a zip or an uncompressed tar of such
 a tree; a tar of one tar per class (ILSVRC2012_img_train.tar), read in place; the folder that REPA's and HASTE's
-preprocessing wrote; or a sprite sheet, one image of square tiles, sorted by class.
+preprocessing wrote; or a sprite sheet, one image of square tiles, sorted by class. Images with captions need no class
+folders: COCO's with their annotations (CAPTIONS), or any with a .txt (one caption a line) or .json ("caption") beside
+each, in a folder, a zip, a tar, or a folder of webdataset's tars.
 
 A prepared folder is a few large files that memory-map (see PreparedDataset); meta.json is written last, so a folder
 without it is unfinished, and the same command goes on where it stopped.
@@ -56,13 +58,15 @@ from vae import SCALE, AutoencoderKL, load_vae  # noqa: F401 - the VAE stood her
 
 # source
 SOURCE = "data/imagenet/train"  # what to prepare: see above
+CAPTIONS = None  # COCO's captions_*.json, for the images in SOURCE; None: captions beside the images, if any lie there
 SHEET_TILE = 28  # sprite sheet: edge of a tile in pixels
 SHEET_CLASSES = ["T-shirt/top", "trouser", "pullover", "dress", "coat",  # sprite sheet: its classes in order, each
                  "sandal", "shirt", "sneaker", "bag", "ankle boot"]  # with the same number of whole rows
-LEAVE_OUT_UNREADABLE = False  # True: finish without the images that cannot be read, once they are listed
+LEAVE_OUT_UNREADABLE = False  # True: finish without images that cannot be read, or lack a caption, once listed
 # result
 DATA_DIR = "data/imagenet256"
-IMAGE_SIZE = 256  # pixels; ADM's centre crop
+IMAGE_SIZE = 256  # pixels
+CROP = "adm"  # ADM's centre crop, as for ImageNet; "square": the largest centred square, then Lanczos, as for COCO
 VAE = "stabilityai/sd-vae-ft-ema"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
 VAE_PRECISION = "float32"  # or "bf16": see experiments/README.md for what it does to the moments
 MIRROR = False  # store the latents of the mirrored images too, for train.MIRROR
@@ -309,6 +313,13 @@ def center_crop(image, size):
     return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
 
+def square_crop(image, size):
+    """MS-COCO's published preprocessing: the largest centred square, scaled to size (Lanczos)."""
+    square = min(image.size)
+    left, top = (image.width - square) // 2, (image.height - square) // 2
+    return image.crop((left, top, left + square, top + square)).resize((size, size), Image.LANCZOS)
+
+
 SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # folders
 
 
@@ -422,15 +433,49 @@ def read_image(content):
         raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
 
 
+def clean(captions):
+    """Those with text, each on one line: runs of white space, control characters and lone surrogates become a blank."""
+    captions = [re.sub(r"[\s\0-\x1f\x7f-\x9f\ud800-\udfff]+", " ", caption).strip() for caption in captions]
+    return [caption for caption in captions if caption]
+
+
+def read_coco(path):
+    """(checksum, {image's file name: captions}) of COCO's annotations, images by id, captions in the file's order."""
+    captions = {}
+    try:
+        content = Path(path).read_bytes()
+        said = json.loads(content)
+        for annotation in said["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        return zlib.crc32(content), {posixpath.basename(image["file_name"]): clean(captions.get(image["id"], []))
+                                     for image in sorted(said["images"], key=lambda image: image["id"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: missing, damaged or of another kind ({error!r}); set CAPTIONS to COCO's "
+                         f"captions_*.json") from error
+
+
+def file_beside(name, suffixes, places):
+    """The file of one of the suffixes that bears an image's name, whole or, as webdataset has it, up to the first dot;
+    "" if there is none."""
+    folder, base = posixpath.split(name)
+    stems = posixpath.splitext(name)[0], posixpath.join(folder, base.split(".")[0])
+    return next((stem + suffix for stem in stems for suffix in suffixes if stem + suffix in places), "")
+
+
+GONE = -1, 0, -1, False  # the place of a file that is not there
+
+
 class ImageFiles:
     """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar (or folder) of one tar per class, as
     ImageNet downloads. Archives are read in place. Class ids follow the sorted folder names. In tars of webdataset's
-    kind each image's .cls or .json ("label") file says its class. Item i is an RGB PIL image.
+    kind each image's .cls or .json ("label") file says its class. Images with captions may do without class folders, as
+    in tars without labels: then there is one class, "all". Item i is an RGB PIL image, captions(i) its captions.
 
+    captions_checksum: CAPTIONS's; 0 where captions lie beside the images, None where there are none.
     inner: the folder to take of an archive. Raises ValueError for a source without images, or one that cannot be read.
     """
 
-    mode = "RGB"
+    mode, captions_checksum = "RGB", None
 
     def __init__(self, root, inner=""):
         self.root, self.archives, places, folders = Path(root), [], {}, set()
@@ -453,70 +498,109 @@ class ImageFiles:
             raise ValueError(f"{root}: cannot be listed ({error}); SOURCE must be a folder, a zip or an uncompressed, "
                              f"complete tar") from error
 
-        # images and their classes; an archive may hold the tree's root too, folders that all images share
-        names, top = [name for name in image_names(places) if name.startswith(inner)], inner
+        names = self.take_captions([name for name in image_names(places) if name.startswith(inner)], places)
+        names = self.take_classes(names, folders | {name for name in places if name[-1] == "/"}, inner)
+        # arrays, not lists: worker processes share them without copies
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.places = np.array([places[name] for name in names])
+        self.take_webdatasets_labels(names, places)
+        self.fingerprint = zlib.crc32(self.names.tobytes() + self.places[:, 1].tobytes() + self.places[:, 2].tobytes())
+
+    def take_captions(self, names, places):
+        """Notes where the captions stand, if there are any: in CAPTIONS, or beside the images. Returns the images."""
+        beside, self.coco = [], None
+        if CAPTIONS:
+            self.captions_checksum, known = read_coco(CAPTIONS)
+            found = {posixpath.basename(name): name for name in names}
+            some = next((found[name] for name in known if name in found), None)
+            if some is None:
+                raise ValueError(f"{self.root}: has none of the {len(known):,} images of {CAPTIONS}; set SOURCE to the "
+                                 f"folder or archive of these")
+            names = [found.get(name, posixpath.join(posixpath.dirname(some), name)) for name in known]
+            places.update({name: GONE for name in names if name not in places})
+            self.coco = list(known.values())
+        else:
+            texts = {name for name in places if name.endswith((".txt", ".json"))}  # most trees have hardly any
+            beside = [file_beside(name, (".txt", ".json"), texts) for name in names if texts]
+            if not any(name.endswith(".txt") for name in beside) and \
+                    not any("caption" in said for name in beside if isinstance(said := self.parse(name, places), dict)):
+                beside = []
+        if beside:
+            self.captions_checksum = 0
+            self.texts = np.array([os.fsencode(name) for name in beside])
+            self.text_places = np.array([places.get(name, GONE) for name in beside])
+        self.ignored = sum(name[-1] != "/" for name in places.keys() - {*names, *beside})
+        return names
+
+    def take_classes(self, names, folders, top):
+        """Finds class names and labels below the folder `top`. Returns the images that have a class."""
+        captioned, is_folder, inner = self.captions_checksum is not None, self.root.is_dir(), top
 
         def parts(names):
             return {name[len(top):].split("/")[0] for name in names if "/" in name[len(top):]}
 
-        while len(parts(names)) == 1 and all(name.count("/", len(top)) > 1 for name in names):
+        # an archive may hold the tree's root too, folders that all images share; without captions the last is a class
+        while len(parts(names)) == 1 and all(name.count("/", len(top)) > (not captioned) for name in names):
             top += f"{parts(names).pop()}/"
         if "train" in parts(names) and parts(names) <= {"train", "val", "valid", "validation", "test"}:
-            raise ValueError(f"{root}: {', '.join(sorted(parts(names)))} are parts of a data set, no classes; set "
+            raise ValueError(f"{self.root}: {', '.join(sorted(parts(names)))} are parts of a data set, no classes; set "
                              f"SOURCE to {self.root / top / 'train'}")
+        if captioned and (is_folder and self.archives or any("/" not in name[len(top):] for name in names)):
+            self.unclassed, self.classes, self.labels = 0, ["all"], np.zeros(len(names), int)
+            return names
         top = inner if is_folder else top
-        self.unclassed = sum("/" not in name[len(top):] for name in names)
-        self.ignored = sum(name[-1] != "/" for name in places) - len(names)
-        names = [name for name in names if "/" in name[len(top):]]
-        if not names:
-            raise ValueError(f"{root}: no images found; SOURCE must hold one folder of images per class")
-        folders |= {name for name in places if name[-1] == "/" and name.startswith(top)}
-        self.classes = sorted(name for name in parts(folders | {*names}) if not is_hidden(name))
+        classed = [name for name in names if "/" in name[len(top):]]
+        if not classed:
+            raise ValueError(f"{self.root}: no images found; SOURCE must hold one folder of images per class, or "
+                             f"images with captions")
+        self.unclassed = len(names) - len(classed)
+        folders = {name for name in folders if name.startswith(top)}
+        self.classes = sorted(name for name in parts(folders | {*classed}) if not is_hidden(name))
         number = {name: label for label, name in enumerate(self.classes)}
-        # arrays, not lists: worker processes share them without copies
-        self.labels = np.array([number[name[len(top):].split("/")[0]] for name in names])
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.numbers, self.starts, self.sizes, self.deflated = (np.array(column) for column in
-                                                                zip(*(places[name] for name in names)))
-        self.take_webdatasets_labels(names, places)
-        self.fingerprint = zlib.crc32(self.names.tobytes() + self.starts.tobytes() + self.sizes.tobytes())
+        self.labels = np.array([number[name[len(top):].split("/")[0]] for name in classed])
+        return classed
 
     def take_webdatasets_labels(self, names, places):
         """Where an archive's images have a .cls or .json ("label") file beside them: the classes that these say."""
         labels = []
         for name in names:
-            stem = name[: name.index(".", name.rindex("/"))]
-            beside = next((stem + end for end in (".cls", ".json") if stem + end in places), None)
-            try:
-                said = json.loads(self.content(*places[beside])) if places[name][0] >= 0 and beside else None
-            except ValueError:
-                said = "no number"
+            said = self.parse(file_beside(name, (".cls", ".json"), places), places) if places[name][0] >= 0 else None
             label = said.get("label") if isinstance(said, dict) else said
-            if not labels and label is None:  # none of webdataset's kind
+            if isinstance(label, int):
+                labels.append(label)
+            elif not labels and (label is None or self.captions_checksum is not None):  # none of webdataset's kind
                 return
-            if not isinstance(label, int):
+            else:
                 raise ValueError(f"{self.root}: {name} has no class number in a .cls or .json file beside it")
-            labels.append(label)
         self.labels, self.classes = np.array(labels), [str(label) for label in range(max(labels) + 1)]
+
+    def parse(self, name, places):
+        """What a .cls or .json file says; None without one, text where it is damaged."""
+        try:
+            return json.loads(self.content(name, *places[name])) if name else None
+        except Exception as error:  # zlib's too
+            return str(error)
 
     def follow(self, names, labels, checksum):
         """Takes the order of an earlier listing of which images have been removed since; those cannot be read."""
         rows = {name: row for row, name in enumerate(self.names.tolist())}
         if rows.keys() <= set(names.tolist()):
             order = np.array([rows.get(name, -1) for name in names.tolist()])
-            self.numbers, self.starts, self.sizes, self.deflated = (
-                np.where(order < 0, gone, column[order]) for column, gone in
-                ((self.numbers, -1), (self.starts, 0), (self.sizes, -1), (self.deflated, False)))
+            self.places = np.where(order[:, None] < 0, GONE, self.places[order])
+            if self.captions_checksum == 0:
+                self.texts, self.text_places = self.texts[order], self.text_places[order]
             self.names, self.labels, self.fingerprint, self.removed = names, labels, checksum, order < 0
 
     def name(self, i):
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
-    def content(self, number, start, size, deflated):
-        """The bytes at a place of an archive."""
-        path, is_zip = self.archives[number]
+    def content(self, name, number, start, size, deflated):
+        """The bytes of a file of the folder, or at a place of an archive."""
         if size < 0:
-            raise OSError("a link to what is not there")
+            raise OSError("no such file, or a link to what is not there")
+        if number < 0:
+            return Path(self.root, name).read_bytes()
+        path, is_zip = self.archives[number]
         with open(path, "rb") as file:
             file.seek(start)
             if is_zip:  # a header of 30 bytes that ends with the lengths of the two fields between it and the data
@@ -524,10 +608,25 @@ class ImageFiles:
             content = file.read(size)
             return zlib.decompress(content, -zlib.MAX_WBITS) if deflated else content
 
+    def captions(self, i):
+        """Raises ValueError where there are none, or none that can be read."""
+        if self.coco is not None:
+            captions = self.coco[i]
+        else:
+            name = os.fsdecode(self.texts[i])
+            try:
+                text = self.content(name, *self.text_places[i]).decode("utf-8-sig") if name else ""
+                said = json.loads(text).get("caption") if name.endswith(".json") else re.split("[\r\n]", text)
+                captions = clean([said] if isinstance(said, str) else said or [])
+            except Exception as error:  # JSON of any kind
+                raise ValueError(f"unreadable captions {name} ({error})") from error
+        if not captions:
+            raise ValueError("no caption")
+        return captions
+
     def __getitem__(self, i):
         try:
-            content = Path(self.name(i)).read_bytes() if self.numbers[i] < 0 else \
-                self.content(self.numbers[i], self.starts[i], self.sizes[i], self.deflated[i])
+            content = self.content(os.fsdecode(self.names[i]), *self.places[i])
         except (OSError, zlib.error, struct.error) as error:
             raise ValueError(f"unreadable image ({error})") from error
         return read_image(content)
@@ -537,7 +636,7 @@ class ParquetFiles:
     """The images of the Hugging Face hub's parquet files ("image" with its "bytes", "label", class names in the
     metadata): one file, or a folder of those of one split. Needs pyarrow. Item i is an RGB PIL image."""
 
-    mode, ignored, unclassed = "RGB", 0, 0
+    mode, ignored, unclassed, captions_checksum = "RGB", 0, 0, None
 
     def __init__(self, root):
         try:
@@ -574,7 +673,7 @@ class ParquetFiles:
 class SpriteSheet:
     """One image of SHEET_TILE-sized tiles; each class has the same number of whole rows. Item i is a PIL image."""
 
-    ignored = unclassed = 0
+    ignored, unclassed, captions_checksum = 0, 0, None
 
     def __init__(self, path):
         try:
@@ -629,7 +728,7 @@ class PublishedLatents(ImageFiles):
                              f"dataset.json and the .npy files again") from error
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
         self.names, self.moments_names = (np.array([os.fsencode(name) for name in part]) for part in names)
-        self.numbers = np.full(len(self.names), -1)  # in no archive
+        self.places = np.tile((-1, 0, 0, False), (len(self.names), 1))  # in no archive
         self.fingerprint = zlib.crc32(self.names.tobytes() + self.moments_names.tobytes() + self.labels.tobytes())
 
     def moments(self, i):
@@ -653,7 +752,7 @@ def open_source(path):
                          f"a tar or zip of one, or a sprite sheet")
     if (path / "vae-sd").is_dir():
         return PublishedLatents(path)
-    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
+    if path.suffix == ".parquet" or any(path.glob("*.parquet")) and not any(path.glob("*.tar")):  # tables of tars
         return ParquetFiles(path)
     if path.is_dir() or zipfile.is_zipfile(outer) or tarfile.is_tarfile(outer):
         return ImageFiles(outer, "" if outer == path else path.relative_to(outer).as_posix())
@@ -663,6 +762,15 @@ def open_source(path):
 def describe(source):
     """Prints what was understood of a source before the work starts."""
     classes, counts = source.classes, np.bincount(source.labels, minlength=len(source.classes))
+    if source.captions_checksum is not None:
+        try:
+            first = repr(source.captions(0)[0][:100])
+        except ValueError as error:
+            first = f"an image with {error}"
+        number = "captions beside them" if source.coco is None else f"{sum(map(len, source.coco)):,} captions"
+        print(f"{SOURCE}: {len(source.labels):,} images with {number}, from {first}")
+        if classes == ["all"]:
+            return
     info = timm.data.ImageNetInfo()
     in_order = list(classes) in (info.label_names(), info.label_descriptions())
     print(f"{SOURCE}: {len(source.labels):,} images of {len(classes):,} classes, from {classes[0]!r} ({counts[0]:,}) "
@@ -685,31 +793,35 @@ def new_batch(*shape):
 
 
 class Crops:
-    """What the workers do: `crops[indices]` is a batch, (tensor, packed images, reasons).
+    """What the workers do: `crops[indices]` is a batch, (tensor, packed images, notes).
 
-    tensor: uint8 pixels [B, C, H, W], or the moments float16 [B, 2C, h, w] of a source that brings them. An image that
-    cannot be read is zeros, packed to no bytes, and its reason stands in {index: reason}.
+    tensor: uint8 pixels [B, C, H, W], or the moments float16 [B, 2C, h, w] of a source that brings them. notes {index:
+    the image's captions, a list}, if it has any. An image that cannot be read, or lacks a caption where others have
+    them, is zeros, packed to no bytes, and its note is the reason, a str.
     """
 
     def __init__(self, source, size, moments_shape):
         self.source, self.size, self.moments_shape = source, size, moments_shape
+        self.crop = square_crop if CROP == "square" else center_crop
 
     def __getitem__(self, indices):
         pixels = new_batch(len(indices), self.size, self.size, len(self.source.mode))
         targets = pixels.numpy() if self.source.mode == "RGB" else pixels.numpy()[..., 0]
         brought = hasattr(self.source, "moments")
         moments = np.zeros((len(indices), *self.moments_shape), np.float16) if brought else None
-        packed, reasons = [b""] * len(indices), {}
+        packed, notes = [b""] * len(indices), {}
         for row, i in enumerate(indices):
             try:
-                image = center_crop(self.source[i], self.size)
+                image = self.crop(self.source[i], self.size)
                 if brought:
                     moments[row] = self.source.moments(i)
+                if self.source.captions_checksum is not None:
+                    notes[int(i)] = self.source.captions(i)
                 targets[row] = image
                 packed[row] = pack(image)
             except Exception as error:  # an image's failure is its own
-                reasons[int(i)], targets[row] = str(error), 0
-        return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, reasons
+                notes[int(i)], targets[row] = str(error), 0
+        return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,10 +835,13 @@ class PreparedDataset:
     latents_mirrored.npy  the same of the mirrored images, if prepared with MIRROR
     images.bin         lossless WebP files end to end; image_offsets.npy int64 [N + 1]: where each begins and ends
     labels.npy         int64 [N]
+    captions.txt       only if there are: UTF-8, one a line; caption_offsets.npy int64 [N + 1]: image i has captions
+                       offsets[i] .. offsets[i + 1] - 1
     meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes and checksums of the files
 
+    `dataset[indices, draws]`, draws in 0..1, has the number of a caption of each image, int64 [B], in place of labels.
     Index i + N is image i mirrored left to right, unless `mirrored` is None. Large files are memory-mapped, never
-    copied to memory. With `with_images=False` the images' files are not opened.
+    copied to memory. With `with_images=False` the images' files are not opened. `captions` is None, or all, in order.
     Raises ValueError where the folder is missing, unfinished or damaged.
     """
 
@@ -766,6 +881,17 @@ class PreparedDataset:
         if with_images:
             self.packed = np.asarray(np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r"))
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
+        self.captions = self.caption_offsets = None
+        if "captions.txt" in expected_bytes:
+            try:
+                *self.captions, rest = (self.path / "captions.txt").read_bytes().decode().split("\n")
+                offsets = self.caption_offsets = np.load(self.path / "caption_offsets.npy")
+                fit = not rest and [len(offsets), *offsets[[0, -1]]] == [len(self) + 1, 0, len(self.captions)]
+            except (ValueError, IndexError):
+                fit = False
+            if not fit or np.diff(offsets).min(initial=1) < 1:
+                raise ValueError(f"{self.path / 'captions.txt'}: damaged, or not the captions that caption_offsets.npy "
+                                 f"gives to {len(self)} images; {REMEDY}")
 
     def __len__(self):
         return len(self.labels)
@@ -785,9 +911,13 @@ class PreparedDataset:
         return pixels.permute(0, 3, 1, 2)
 
     def __getitem__(self, indices):
+        indices, draws = indices if isinstance(indices, tuple) else (indices, None)
         indices = np.asarray(indices)
         flip, rows = indices >= len(self), indices % len(self)
         moments, labels = torch.from_numpy(self.latents[rows]), torch.from_numpy(self.labels[rows])
+        if draws is not None:
+            first, last = self.caption_offsets[rows], self.caption_offsets[rows + 1] - 1
+            labels = torch.from_numpy(np.minimum(first + (np.asarray(draws) * (last - first + 1)).astype(int), last))
         images = self.images(rows) if self.with_images else None
         if flip.any():
             moments[flip] = torch.from_numpy(np.ascontiguousarray(self.mirrored[rows[flip]]))
@@ -806,8 +936,11 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
 
 def comparable(settings):
     """The settings, but for what makes no difference: a path's spelling, and which of Stable Diffusion's two fine-tuned
-    VAEs, whose encoder is the same, so that a folder serves both."""
+    VAEs, whose encoder is the same, so that a folder serves both. What folders of earlier versions do not say is what
+    these did."""
+    settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, **settings}
     return dict(settings, source=os.path.realpath(settings["source"]),
+                captions_source=settings["captions_source"] and os.path.realpath(settings["captions_source"]),
                 vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
 
 
@@ -849,9 +982,10 @@ def encode(pixels, vae, device):
     return torch.cat([mean, std], dim=1)[: len(pixels)].half()
 
 
-def write_chunk(folder, number, first, moments, packed, reasons):
+def write_chunk(folder, number, first, moments, packed, reasons, captions):
     """Writes a chunk's latents into their rows from `first` on and its packed images into a file of their own, then,
-    atomically, the record that makes both count. moments: {file: float16 tensors of the chunk's batches}."""
+    atomically, the record that makes both count. moments: {file: float16 tensors of the chunk's batches}; captions: a
+    list for each image that is kept, if there are any."""
     kept = np.array([len(file) > 0 for file in packed])
     joined = b"".join(packed)
     checksums = {"images.bin": zlib.crc32(joined)}
@@ -863,9 +997,11 @@ def write_chunk(folder, number, first, moments, packed, reasons):
                              f"{first}..{first + len(rows) - 1}; choose other weights, or VAE_PRECISION = \"float32\"")
         rows.flush()
         checksums[name] = zlib.crc32(rows[kept])
+    if captions:
+        checksums["captions.txt"] = zlib.crc32(json.dumps(captions).encode())  # and of where each image's begin
     part = folder / f"unfinished/{number:06d}"
     write_atomically(f"{part}.bin", lambda path: path.write_bytes(joined))
-    record = dict(lengths=[len(file) for file in packed], reasons=reasons, checksums=checksums)
+    record = dict(lengths=[len(file) for file in packed], reasons=reasons, captions=captions, checksums=checksums)
     write_atomically(f"{part}.json", lambda path: path.write_text(json.dumps(record)))
 
 
@@ -877,18 +1013,19 @@ def prepare_chunks(folder, crops, chunks, vae, latents_files, device, bar, world
     with ThreadPoolExecutor(1) as writer:
         written = None
         for number, rows in chunks.items():
-            moments, packed, reasons = {name: [] for name in latents_files}, [], {}
+            moments, packed, reasons, captions = {name: [] for name in latents_files}, [], {}, []
             while len(packed) < len(rows):
-                tensor, files, failed = next(loader)
+                tensor, files, notes = next(loader)
                 for name in latents_files:
                     x = tensor if name == "latents.npy" else tensor.flip(-1)
                     moments[name].append(x if x.is_floating_point() else encode(x, vae, device))
                 packed += files
-                reasons.update({crops.source.name(i): reason for i, reason in failed.items()})
+                reasons.update({crops.source.name(i): note for i, note in notes.items() if isinstance(note, str)})
+                captions += [note for note in notes.values() if isinstance(note, list)]
                 bar.update(min(len(files) * world, bar.total - bar.n))
             if written is not None:
                 written.result()  # raises what the thread raised; and no more than two chunks are in memory
-            written = writer.submit(write_chunk, folder, number, rows[0], moments, packed, reasons)
+            written = writer.submit(write_chunk, folder, number, rows[0], moments, packed, reasons, captions)
         if written is not None:
             written.result()
 
@@ -932,6 +1069,9 @@ def check(folder):
                     "images.bin": data.packed[data.offsets[first] : data.offsets[last]]}
         if "latents_mirrored.npy" in checksums:
             contents["latents_mirrored.npy"] = data.mirrored[first:last]
+        if "captions.txt" in checksums:
+            spans = itertools.pairwise(data.caption_offsets[first : last + 1])
+            contents["captions.txt"] = json.dumps([data.captions[begin:end] for begin, end in spans]).encode()
         for name, content in contents.items():
             if zlib.crc32(np.ascontiguousarray(content)) != checksums[name] or \
                     (name.startswith("latents") and not np.isfinite(content).all()):
@@ -958,15 +1098,16 @@ def check(folder):
 def main():
     started = time.time()
     check_constants(globals(), {
-        "path": "SOURCE DATA_DIR", "path or None": "VAE", "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
+        "path": "SOURCE DATA_DIR", "path or None": "CAPTIONS VAE",
+        "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
         "whole number from 1": "SHEET_TILE IMAGE_SIZE BATCH_SIZE CHUNK CHECK_IMAGES", "whole number from 0": "WORKERS",
-        "number from 0": "CHECK_TOLERANCE"}, VAE_PRECISION=("float32", "bf16"))
+        "number from 0": "CHECK_TOLERANCE"}, CROP=("adm", "square"), VAE_PRECISION=("float32", "bf16"))
     folder = Path(DATA_DIR)
     unfinished = folder / "unfinished"
     if CHECK:
         return check(folder)
-    settings = dict(source=str(SOURCE), image_size=IMAGE_SIZE, vae_name=VAE, mirror=MIRROR,
-                    vae_precision=VAE_PRECISION if VAE else None)
+    settings = dict(source=str(SOURCE), captions_source=CAPTIONS and str(CAPTIONS), image_size=IMAGE_SIZE, crop=CROP,
+                    vae_name=VAE, mirror=MIRROR, vae_precision=VAE_PRECISION if VAE else None)
     if (folder / "meta.json").exists():
         finished = PreparedDataset(folder).meta
         refuse_other(folder, "finished", comparable(finished), comparable(settings))
@@ -988,6 +1129,9 @@ def main():
     if source.labels.min() < 0:
         raise ValueError(f"{SOURCE}: has labels below 0, as test splits without labels do; choose the training images")
     count, brought = len(source.labels), isinstance(source, PublishedLatents)
+    captioned = source.captions_checksum is not None
+    if CAPTIONS and not captioned:
+        raise ValueError(f"CAPTIONS {CAPTIONS!r}: {SOURCE} is no folder or archive of images; set CAPTIONS to None")
     if VAE is None:
         vae, vae_meta, shape = None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
     elif brought:
@@ -1007,7 +1151,8 @@ def main():
     crops = Crops(source, IMAGE_SIZE, shape)
 
     # what is done: chunks with a record; one with unreadable images is tried again, until the parts are being moved
-    plan = dict(settings, images=count, names_checksum=source.fingerprint, chunk=CHUNK)
+    plan = dict(settings, images=count, names_checksum=source.fingerprint, captions_checksum=source.captions_checksum,
+                chunk=CHUNK)
     moving = moving_file.exists()
     if begun:
         refuse_other(folder, "begun", comparable(begun), comparable(plan))
@@ -1039,7 +1184,7 @@ def main():
         prepare_chunks(folder, crops, mine, vae, latents_files, device, bar, world)
     wait_for_all()
 
-    # images that could not be read
+    # images that could not be read, or have no caption
     contents = [json.loads(record.read_text()) for record in records]
     reasons = {name: reason for content in contents for name, reason in content["reasons"].items()}
     lengths = np.concatenate([content["lengths"] for content in contents])
@@ -1053,8 +1198,9 @@ def main():
     wait_for_all()
     removed = removed.sum()
     if len(reasons) > removed and not (LEAVE_OUT_UNREADABLE or moving) or not kept.any():
-        raise ValueError(f"{folder}: {len(reasons) - removed:,} of {count:,} images could not be read; unreadable.txt "
-                         f"there lists them, the others are done. Repair or remove them and run again"
+        raise ValueError(f"{folder}: {len(reasons) - removed:,} of {count:,} images could not be read"
+                         f"{' or have no caption' * captioned}; unreadable.txt there lists them, the others are done. "
+                         f"Repair or remove them and run again"
                          + (", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""))
 
     # packed images to their places in images.bin; from here on, what is left out stays left out
@@ -1074,13 +1220,18 @@ def main():
         drop_rows(folder / name, kept)
     np.save(folder / "image_offsets.npy", np.concatenate([[0], ends[1:][kept]]))
     np.save(folder / "labels.npy", source.labels[kept].astype(np.int64))
+    captions = [own for content in contents for own in content.get("captions", [])]  # of each image that is kept
+    if captioned:
+        (folder / "captions.txt").write_bytes("".join(f"{one}\n" for own in captions for one in own).encode())
+        np.save(folder / "caption_offsets.npy", np.cumsum([0, *map(len, captions)]))
 
     # meta.json, which makes it a data set
     for rows, content in zip(chunks, contents):
         content["checksums"]["labels.npy"] = zlib.crc32(source.labels[rows][kept[rows]].astype(np.int64))
-    names = (*latents_files, "images.bin", "image_offsets.npy", "labels.npy")
+    names = (*latents_files, "images.bin", "image_offsets.npy", "labels.npy",
+             *["captions.txt", "caption_offsets.npy"] * captioned)
     meta = dict(format=FORMAT, count=int(kept.sum()), **settings, vae=vae_meta, latent_shape=shape,
-                image_mode=source.mode, classes=source.classes,
+                image_mode=source.mode, classes=source.classes, captions=sum(map(len, captions)) or None,
                 bytes={name: (folder / name).stat().st_size for name in names},
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
                               pillow=PIL.__version__),
@@ -1088,12 +1239,13 @@ def main():
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     shutil.rmtree(unfinished)
     seconds = time.time() - started
-    print(f"{folder}: {meta['count']:,} images of {len(source.classes)} classes, {missing_images:,} of them in these "
-          f"{seconds:.0f} s ({missing_images / seconds:.0f} images/s)\n"
+    print(f"{folder}: {meta['count']:,} images of {len(source.classes)} classes"
+          + (f" with {meta['captions']:,} captions" if captioned else "")
+          + f", {missing_images:,} of them in these {seconds:.0f} s ({missing_images / seconds:.0f} images/s)\n"
           f"  latents {list(shape)} {meta['bytes']['latents.npy'] * len(latents_files) / 2**20:,.0f} MiB, "
           f"images {meta['bytes']['images.bin'] / 2**20:,.0f} MiB\n"
           f"  left out: {len(reasons)} unreadable images, {source.unclassed} images outside class folders; "
-          f"ignored {source.ignored} files that are no images")
+          f"ignored {source.ignored} files that are no images{' of CAPTIONS' if CAPTIONS else ''}")
 
 
 if __name__ == "__main__":

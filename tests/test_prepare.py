@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import fid
 import prepare_latents
 import train
-from prepare_latents import PreparedDataset, center_crop
+from prepare_latents import PreparedDataset, center_crop, square_crop
 from vae import load_vae
 
 
@@ -48,6 +48,15 @@ def test_center_crop_is_adms(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     assert np.array_equal(np.asarray(center_crop(image, 64)), adm_center_crop(image, 64))
+
+
+@pytest.mark.parametrize("width, height", [(64, 64), (65, 200), (131, 77), (20, 31)])
+def test_square_crop_is_cocos(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    square = min(width, height)
+    y, x = (height - square) // 2, (width - square) // 2
+    wanted = Image.fromarray(pixels[y : y + square, x : x + square]).resize((48, 48), Image.LANCZOS)
+    assert np.array_equal(np.asarray(square_crop(Image.fromarray(pixels), 48)), np.asarray(wanted))
 
 
 def test_sprite_sheet_is_prepared_without_loss(data_dir):
@@ -87,7 +96,8 @@ def tree(tmp_path):
 def prepare(monkeypatch, tmp_path):
     def run(**constants):
         set_constants(monkeypatch, prepare_latents, **{**dict(DATA_DIR=str(tmp_path / "out"), IMAGE_SIZE=32, VAE=None,
-                                                             WORKERS=0, BATCH_SIZE=2, COMPILE=False), **constants})
+                                                             WORKERS=0, BATCH_SIZE=2, COMPILE=False, CAPTIONS=None,
+                                                             CROP="adm", LEAVE_OUT_UNREADABLE=False), **constants})
         prepare_latents.main()
         return PreparedDataset(prepare_latents.DATA_DIR)
     return run
@@ -238,6 +248,12 @@ def contents(folder):
     meta = json.loads(files.pop("meta.json"))
     meta.pop("source")
     return files, meta
+
+
+def copy_with_captions(root, path):
+    shutil.copytree(root, path)
+    for i, image in enumerate(sorted(path.rglob("*.*"))):
+        image.with_suffix(".txt").write_text("".join(f"{image.stem}, caption {n}\n" for n in range(1 + i % 3)))
 
 
 def archive(kind, root, path):
@@ -745,15 +761,16 @@ prepare_latents.main()
 
 
 def test_two_processes_make_the_same_folder_as_one(photographs, prepare, vae_folder, tmp_path):
-    constants = dict(SOURCE=str(photographs), IMAGE_SIZE=32, VAE=str(vae_folder[0]), WORKERS=1, BATCH_SIZE=4, CHUNK=8,
-                     COMPILE=False)
+    copy_with_captions(photographs, tmp_path / "train")
+    constants = dict(SOURCE=str(tmp_path / "train"), IMAGE_SIZE=32, VAE=str(vae_folder[0]), WORKERS=1, BATCH_SIZE=4,
+                     CHUNK=8, COMPILE=False)
     prepare(**constants)
     (tmp_path / "two.py").write_text(SCRIPT.format(constants=dict(constants, DATA_DIR=str(tmp_path / "two"))))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "two.py"],
                    check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120)
     two, one = PreparedDataset(tmp_path / "two"), PreparedDataset(tmp_path / "out")
     torch.testing.assert_close(torch.tensor(two.latents).float(), torch.tensor(one.latents).float(), rtol=2e-3, atol=1e-4)
-    for name in ("images.bin", "image_offsets.npy", "labels.npy"):
+    for name in ("images.bin", "image_offsets.npy", "labels.npy", "captions.txt", "caption_offsets.npy"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
@@ -787,8 +804,9 @@ print(kills, lives)
 def test_killed_at_any_moment_ends_in_the_same_bytes(photographs, vae_folder, tmp_path):
     """kill -9 at random moments, at least 20 times, each followed by the same command."""
     source = tmp_path / "train"
-    shutil.copytree(photographs, source)
+    copy_with_captions(photographs, source)
     (source / "n02/n02_1.JPEG").write_bytes(b"no image")  # so that rows have to be dropped at the end
+    (source / "n02/n02_2.txt").write_text("")
     constants = dict(SOURCE=str(source), IMAGE_SIZE=32, VAE=str(vae_folder[0]), WORKERS=0, BATCH_SIZE=4, CHUNK=4,
                      COMPILE=False, LEAVE_OUT_UNREADABLE=True)
     (tmp_path / "killer.py").write_text(KILLER.format(constants=constants, out=str(tmp_path)))
@@ -797,6 +815,8 @@ def test_killed_at_any_moment_ends_in_the_same_bytes(photographs, vae_folder, tm
     assert int(result.stdout.splitlines()[-1].split()[0]) >= 20
     folders = list(tmp_path.glob("killed_*"))
     assert folders and all(contents(folder) == contents(tmp_path / "whole") for folder in folders)
+    whole = PreparedDataset(tmp_path / "whole")
+    assert len(whole) == 238 and len(whole.captions) == whole.caption_offsets[-1] > 238
 
 
 def test_imagenets_classes_are_recognised(tmp_path, monkeypatch, capsys):
@@ -812,3 +832,255 @@ def test_imagenets_classes_are_recognised(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "1,000 images of 1,000 classes, from 'n01440764' (1) to 'n15075141' (1); ImageNet's, in their order" in said[0]
     assert "not ImageNet's 1,000 in order" in said[1] and "ImageNet's, in their order" in said[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions
+
+
+LONG = " ".join(f"word{i}" for i in range(300))
+SAID = {  # {number: (its captions as written, as they should be kept)}
+    30: (["a red bus", "Ein gr\u00fcner Bus \U0001f68c", "a red bus"],
+         ["a red bus", "Ein gr\u00fcner Bus \U0001f68c", "a red bus"]),
+    7: (["  two\nlines\u2028and \x0b a\x00third\x85", " \n"], ["two lines and a third"]),
+    12: ([LONG], [LONG]),
+    25: (["\ud800 half of a character"], ["half of a character"]),
+    40: (["", "\t"], []),
+    41: ([], []),
+}
+
+
+def write_coco(folder, archive=None):
+    """A fake COCO: (its images' folder or archive, its captions_*.json). Item number i has the red value i."""
+    for number in SAID:
+        save(folder / f"train/COCO_{number:03d}.png", number)
+    save(folder / "train/unknown.png", 1)
+    captions = [(number, texts[i]) for i in range(3)  # those of an image need not stand together
+                for number, (texts, _) in SAID.items() if i < len(texts)]
+    annotations = [dict(image_id=number, id=i, caption=text) for i, (number, text) in enumerate(captions)]
+    images = [dict(id=number, file_name=f"COCO_{number:03d}.png") for number in SAID]
+    (folder / "captions.json").write_text(json.dumps(dict(images=images, annotations=annotations)))
+    if archive:
+        shutil.make_archive(str(folder / "images"), archive, folder, "train")
+        shutil.rmtree(folder / "train")
+    source = folder / (f"images.{archive}" if archive else "train")
+    return dict(SOURCE=str(source), CAPTIONS=str(folder / "captions.json"))
+
+
+def captions_of(data):
+    """{red value of the image: its captions}"""
+    offsets = data.caption_offsets
+    return {int(image[0, 0, 0]): data.captions[offsets[row] : offsets[row + 1]]
+            for row, image in enumerate(data.images(range(len(data))))}
+
+
+@pytest.mark.parametrize("kind", [None, "zip", "tar"])
+def test_coco(prepare, tmp_path, capsys, kind):
+    coco = write_coco(tmp_path / "coco", kind)
+    with pytest.raises(ValueError, match=r"2 of 6 images could not be read or have no caption; unreadable\.txt "):
+        prepare(**coco, CROP="square")
+    name = f"{coco['SOURCE']}/{'train/' if kind else ''}"
+    listed = "".join(f"{name}COCO_{number:03d}.png: no caption\n" for number in (40, 41))
+    assert (tmp_path / "out/unreadable.txt").read_text() == listed
+    assert "6 images with 6 captions, from 'two lines and a third'" in capsys.readouterr().out
+    data = prepare(**coco, CROP="square", LEAVE_OUT_UNREADABLE=True)
+    assert "4 images of 1 classes with 6 captions" in (said := capsys.readouterr().out) and "ignored 1 files" in said
+    wanted = {number: kept for number, (_, kept) in sorted(SAID.items()) if kept}
+    assert captions_of(data) == wanted and list(captions_of(data)) == list(wanted)  # in order of COCO's ids
+    assert data.classes == ["all"] and data.labels.tolist() == [0] * 4 and data.meta["captions"] == 6
+    lines = (data.path / "captions.txt").read_bytes()
+    assert lines == "".join(f"{one}\n" for own in wanted.values() for one in own).encode()
+    assert data.caption_offsets.dtype == np.int64 and data.caption_offsets.tolist() == [0, 1, 2, 3, 6]
+    prepare(CHECK=True)
+
+
+def test_an_image_that_coco_names_and_nobody_has_is_unreadable(prepare, tmp_path):
+    for kind in (None, "tar"):
+        coco = write_coco(tmp_path / f"coco_{kind}")
+        (tmp_path / f"coco_{kind}/train/COCO_012.png").unlink()
+        if kind:
+            shutil.make_archive(str(tmp_path / "images"), kind, tmp_path / f"coco_{kind}", "train")
+            coco["SOURCE"] = str(tmp_path / "images.tar/train")
+        with pytest.raises(ValueError, match="3 of 6 images could not be read or have no caption"):
+            prepare(**coco, DATA_DIR=str(tmp_path / f"out_{kind}"))
+        listed = (tmp_path / f"out_{kind}/unreadable.txt").read_text()
+        assert re.search(r"train/COCO_012\.png: unreadable image \(.*no such file", listed, re.IGNORECASE)
+        assert 12 not in captions_of(prepare(**coco, DATA_DIR=str(tmp_path / f"out_{kind}"), LEAVE_OUT_UNREADABLE=True))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda file: file.unlink(), r"captions\.json: missing, damaged or .*No such file.*; set CAPTIONS to COCO's"),
+    (lambda file: file.write_text(file.read_text()[:-9]), r"captions\.json: .*JSONDecodeError.*; set CAPTIONS to"),
+    (lambda file: file.write_bytes(b"\xff\xfe\xfa"), r"captions\.json: .*UnicodeDecodeError.*; set CAPTIONS to"),
+    (lambda file: file.write_text("[1]"), r"captions\.json: .*TypeError.*; set CAPTIONS to"),
+    (lambda file: file.write_text(file.read_text().replace('"caption"', '"bbox"')), r"KeyError\('caption'\).*; set"),
+    (lambda file: file.write_text(file.read_text().replace("COCO_", "x")), "train: has none of the 6 images .*; set"),
+])
+def test_what_are_no_captions_of_coco_is_one_line(harm, message, prepare, tmp_path):
+    coco = write_coco(tmp_path)
+    harm(tmp_path / "captions.json")
+    with pytest.raises(ValueError, match=message):
+        prepare(**coco)
+
+
+def test_captions_for_a_sprite_sheet_are_refused(prepare, tmp_path):
+    coco = write_coco(tmp_path)
+    with pytest.raises(ValueError, match=r"captions\.json': .*test\.png is no folder or archive of images; set"):
+        prepare(**dict(coco, SOURCE=str(ROOT / "data/fashion_mnist_test.png")), IMAGE_SIZE=28)
+
+
+def write_captioned(root, names, suffix):
+    """Images of red values 10, 20, .. with two captions each beside them."""
+    for number, name in enumerate(names, 1):
+        save(root / f"{name}.png", 10 * number)
+        captions = [f"picture {number}", f"\u00dcbersicht {number}"]
+        text = "\r\n\r\n".join(captions) if suffix == ".txt" else json.dumps(dict(caption=captions))
+        (root / f"{name}{suffix}").write_text(text, encoding="utf-8-sig" if number == 1 else "utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip", "shards"])
+def test_captions_beside_the_images(prepare, tmp_path, kind, suffix, capsys):
+    root = tmp_path / "src"
+    write_captioned(root, ["a", "c.v1", "b", "deep/d"] if kind != "shards" else ["1/a", "1/c.v1", "1/b", "2/d"], suffix)
+    if kind == "shards":
+        for shard in (1, 2):
+            shutil.make_archive(str(tmp_path / f"shards/{shard:05d}"), "tar", root / str(shard))
+        (tmp_path / "shards/00001.parquet").write_bytes(b"img2dataset's table of a tar")
+        root = tmp_path / "shards"
+    elif kind != "folder":
+        shutil.make_archive(str(root), kind, root)
+        root = f"{root}.{kind}"
+    data = prepare(SOURCE=str(root))
+    assert captions_of(data) == {10 * i: [f"picture {i}", f"\u00dcbersicht {i}"] for i in range(1, 5)}
+    assert data.classes == ["all"] and data.labels.tolist() == [0] * 4
+    said = capsys.readouterr().out
+    assert "4 images with captions beside them, from 'picture 1'" in said
+    assert "4 images of 1 classes with 8 captions" in said and f"ignored {int(kind == 'shards')} files" in said
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_class_folders_with_captions_keep_their_labels(prepare, tmp_path, kind):
+    root = tmp_path / "src"
+    write_captioned(root, ["n02/a", "n01/b", "n01/deep/c"], ".txt")
+    if kind != "folder":
+        shutil.make_archive(str(root), kind, root)
+    data = prepare(SOURCE=str(root if kind == "folder" else f"{root}.{kind}"))
+    assert data.classes == ["n01", "n02"] and data.labels.tolist() == [0, 0, 1]
+    assert [own[0] for own in captions_of(data).values()] == ["picture 2", "picture 3", "picture 1"]
+
+
+def test_webdatasets_labels_and_captions_together(prepare, tmp_path):
+    for number, label in enumerate((1, 0, 1)):
+        save(tmp_path / f"src/{number}.png", 10 + number)
+        (tmp_path / f"src/{number}.json").write_text(json.dumps(dict(caption=f"number {number}", label=label)))
+    shutil.make_archive(str(tmp_path / "shards/00000"), "tar", tmp_path / "src")
+    data = prepare(SOURCE=str(tmp_path / "shards"))
+    assert data.classes == ["0", "1"] and data.labels.tolist() == [1, 0, 1]
+    assert data.captions == ["number 0", "number 1", "number 2"]
+    (tmp_path / "src/0.json").write_text("{")  # without labels a damaged file costs its image alone
+    (tmp_path / "src/2.json").write_text('{"caption": ["number 2", 2]}')
+    shutil.make_archive(str(tmp_path / "shards/00000"), "tar", tmp_path / "src")
+    data = prepare(SOURCE=str(tmp_path / "shards"), DATA_DIR=str(tmp_path / "damaged"), LEAVE_OUT_UNREADABLE=True)
+    assert data.classes == ["all"] and data.captions == ["number 1"]
+    assert len((data.path / "unreadable.txt").read_text().splitlines()) == 2
+
+
+def test_captions_that_cannot_be_read_are_repaired_or_left_out(prepare, tmp_path, capsys):
+    names = "abcdef"
+    write_captioned(tmp_path / "src", names, ".txt")
+    (tmp_path / "src/b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "src/c.txt").unlink()
+    (tmp_path / "src/d.txt").rename(tmp_path / "src/d.json")
+    (tmp_path / "src/e.txt").unlink()
+    (tmp_path / "src/e.json").write_text('{"caption": null}')
+    with pytest.raises(ValueError, match="4 of 6 images could not be read or have no caption"):
+        prepare(SOURCE=str(tmp_path / "src"), CHUNK=2)
+    listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()
+    for line, wanted in zip(listed, (r"b\.png: unreadable captions b\.txt \('utf-8' codec can't decode byte 0xe9.*\)",
+                                     r"c\.png: no caption", r"d\.png: unreadable captions d\.json \(.*\)",
+                                     r"e\.png: no caption"), strict=True):
+        assert re.fullmatch(f".*/{wanted}", line)
+    capsys.readouterr()
+    (tmp_path / "src/c.txt").write_text("repaired")
+    data = prepare(SOURCE=str(tmp_path / "src"), CHUNK=2, LEAVE_OUT_UNREADABLE=True, DATA_DIR=str(tmp_path / "second"))
+    assert captions_of(data) == {10: ["picture 1", "\u00dcbersicht 1"], 30: ["repaired"],
+                                 60: ["picture 6", "\u00dcbersicht 6"]}
+    write_captioned(tmp_path / "src", names, ".txt")
+    data = prepare(SOURCE=str(tmp_path / "src"), CHUNK=2)
+    assert list(captions_of(data)) == [10, 20, 30, 40, 50, 60] and "6 of them in these" in capsys.readouterr().out
+
+
+def test_who_removes_images_keeps_the_captions_of_the_others(prepare, tmp_path):
+    write_captioned(tmp_path / "src", "abcd", ".txt")
+    (tmp_path / "src/d.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 4 images could not be read or have no caption"):
+        prepare(SOURCE=str(tmp_path / "src"), CHUNK=2)
+    for name in "ad":
+        (tmp_path / f"src/{name}.png").unlink()
+    assert captions_of(prepare(SOURCE=str(tmp_path / "src"), CHUNK=2)) == {
+        10 * i: [f"picture {i}", f"\u00dcbersicht {i}"] for i in (2, 3)}
+
+
+def test_a_folder_begun_with_other_captions_is_refused(prepare, tmp_path):
+    coco = write_coco(tmp_path)
+    with pytest.raises(ValueError, match="have no caption"):
+        prepare(**coco)
+    with open(coco["CAPTIONS"], "a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=r"begun with other settings \(captions_checksum \d+, now \d+\)"):
+        prepare(**coco)
+    with pytest.raises(ValueError, match="begun with other settings .*crop 'adm', now 'square'"):
+        prepare(**coco, CROP="square")
+
+
+def test_a_folder_of_an_earlier_version_is_recognised(tree, prepare, capsys):
+    data = prepare(SOURCE=str(tree))
+    assert data.captions is None and data.caption_offsets is None and data.meta["captions"] is None
+    damage(data.path, lambda meta: [meta.pop(key) for key in ("captions", "captions_source", "crop")])
+    old = prepare(SOURCE=str(tree))
+    assert "already finished, 5 images; nothing to do" in capsys.readouterr().out and old.captions is None
+    with pytest.raises(ValueError, match=r"finished with other settings \(crop 'adm', now 'square'\)"):
+        prepare(SOURCE=str(tree), CROP="square")
+    (tree / "n02/0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 5 images could not be read; unreadable"):
+        prepare(SOURCE=str(tree), DATA_DIR=str(tree.parent / "begun"))
+    for file in (tree.parent / "begun/unfinished").glob("*.json"):
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items()
+                                    if key not in ("captions", "captions_source", "captions_checksum", "crop")}))
+    assert len(prepare(SOURCE=str(tree), DATA_DIR=str(tree.parent / "begun"), LEAVE_OUT_UNREADABLE=True)) == 4
+
+
+def test_a_draw_says_which_caption(prepare, tmp_path):
+    data = prepare(**write_coco(tmp_path), LEAVE_OUT_UNREADABLE=True)  # with 1, 1, 1 and 3 captions
+    rows, draws = np.array([0, 3, 3, 3, 3, 2, 3 + 4]), torch.tensor([0.99, 0, 0.34, 0.67, 1, 0.5, 0.5])
+    moments, captions, images = data[rows, draws]
+    assert captions.dtype == torch.int64 and captions.tolist() == [0, 3, 4, 5, 5, 2, 4]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip((moments, images), data[rows][::2]))
+    assert data[rows][1].tolist() == [0] * 7
+    loader = prepare_latents.open_loader(data, [(rows, draws)], 1, torch.device("cpu"))
+    assert next(loader)[1].tolist() == captions.tolist()
+    assert pickle.loads(pickle.dumps(data)).captions == data.captions
+
+
+OTHER = "captions.txt: damaged, or not the captions that caption_offsets.npy gives to 4 images"
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda text: text.replace(b"red", b"rad", 1), r"captions.txt: damaged somewhere in images 2\.\.3"),
+    (lambda text: text.replace(b" red", b"\nred", 1), OTHER),
+    (lambda text: text.replace(b"red", b"r\xffd", 1), OTHER),
+    (lambda text: text[1:], r"captions.txt: \d+ bytes, meta.json says \d+"),
+    ([0, 2, 3, 4, 6], r"captions.txt: damaged somewhere in images 0\.\.1"),
+    ([0, 1, 1, 3, 6], OTHER),
+    ([0, 1, 2, 3, 7], OTHER),
+    ([1, 2, 3, 4, 6], OTHER),
+])
+def test_damaged_captions_are_noticed(prepare, tmp_path, harm, message):
+    data = prepare(**write_coco(tmp_path), LEAVE_OUT_UNREADABLE=True, CHUNK=2)
+    if callable(harm):
+        (data.path / "captions.txt").write_bytes(harm((data.path / "captions.txt").read_bytes()))
+    else:
+        np.save(data.path / "caption_offsets.npy", harm)
+    with pytest.raises(ValueError, match=message):
+        prepare(CHECK=True)
