@@ -8,10 +8,12 @@ draw.py makes figure and tables of the rows.
 """
 
 import csv
+import importlib
 import json
 import os
 import shutil
 import signal
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -80,13 +82,16 @@ def judge(samples, out):
                 teacher_distance=measured["teacher"]["frechet_distance"])
 
 
+SETTINGS, JUDGE, FILES = settings, judge, ()  # other experiments put in their own, and the files with their constants
+
+
 def run(name, seed, changes, stop=None):
     """Trains one run to each of STEPS in turn and judges it there. With `stop` it goes on, as plain SiT, from what the
     aligned run was at that step: to the bit what it had been, had it been trained so from the start."""
     folder, before = Path(OUT, name, str(seed)), Path(OUT, "aligned", str(seed))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
-        settings(folder, seed, changes)
+        SETTINGS(folder, seed, changes)
         if stop and not list(folder.glob("checkpoints/step_*")):
             place = f"checkpoints/step_{stop:07d}"
             shutil.copytree(before / place, folder / f"{place}.copy", dirs_exist_ok=True)
@@ -100,7 +105,7 @@ def run(name, seed, changes, stop=None):
             sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
             sample.OUT = folder / f"samples_{step}"
             sample.main()
-            row = dict(run=name, seed=seed, step=step, **judge(sample.OUT, folder / f"{step}"))
+            row = dict(run=name, seed=seed, step=step, **JUDGE(sample.OUT, folder / f"{step}"))
             with open(folder / "log.csv", newline="") as file:
                 logged = {int(line["step"]): line for line in csv.DictReader(file)}
             row["denoising_loss"] = float(logged[step]["denoising_loss"])  # mean over the last STEPS[0] steps
@@ -112,8 +117,9 @@ def run(name, seed, changes, stop=None):
 
 
 def run_in_process(constants, *arguments):
-    """run() in a process of its own, with this file's constants as main() found them and its share of the cores."""
-    globals().update(constants)
+    """run() in a process of its own, with the files' constants as main() found them and its share of the cores."""
+    for name, values in constants.items():
+        vars(importlib.import_module(name)).update(values)
     torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
     run(*arguments)
 
@@ -167,14 +173,18 @@ def main():
         if source:
             prepare_latents.SOURCE, prepare_latents.DATA_DIR = source, folder
             prepare_latents.main()
-    rows = [dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))]
+    collect([dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))])
 
-    # all runs. Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
+
+def collect(rows):
+    """Makes all runs, and writes RESULTS: the rows, and one for each run, seed and step."""
+    # Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
     # tenth of a step (glibc's allocator)
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    run_all({name: value for name, value in globals().items() if name.isupper()})
+    run_all({module: {name: value for name, value in vars(sys.modules[module]).items() if name.isupper()}
+             for module in ("compare", *FILES)})
 
-    # one row per run, seed and step; until its stop a run is the aligned one
+    # until its stop a run is the aligned one
     for name, stop in (dict.fromkeys(RUNS, 0) | {f"stopped at {stop}": stop for stop in STOPS}).items():
         for seed in SEEDS:
             for step in STEPS:

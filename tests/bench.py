@@ -10,7 +10,8 @@ The first prints the median time of a whole step (forward, losses, backward, cli
 MFU (train.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
-The second measures one model of full size and a text encoder of the default's, with random weights, in turn.
+The second measures one model of full size and a text encoder of the default's, with random weights, in turn; then
+plain, phase I and phase II steps as the first, on a CPU of a model of fewer blocks.
 
 The third measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
 beside Pillow's bare decoding and resizing; the loader with one worker; a data set of ImageNet's size; and on a GPU the
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import timm
@@ -44,7 +46,7 @@ import checkpoint
 import fid
 import prepare_latents
 import train
-from model import build
+from model import MODELS, build
 from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 from text import CaptionTable, TextEncoder
@@ -61,7 +63,8 @@ ROUNDS = 30 if CUDA else 8  # of one step of each kind in turn
 WARMUP = 5 if CUDA else 1  # rounds that do not count
 COMPILE = CUDA
 TEXT_BATCH_SIZE = 64 if CUDA else 2
-KINDS = ("plain SiT", "phase I", "phase II")
+KINDS = ("plain", "phase I", "phase II")
+TABLE = SimpleNamespace(ids=torch.empty(1, 77), cost=lambda: (0, 0))  # of captions, for train.flops_per_image
 
 
 def step_of(model, teacher, align, y, context_of):
@@ -87,17 +90,18 @@ def step_of(model, teacher, align, y, context_of):
     return step
 
 
-def make_step(kind):
+def make_step(kind, name, depth):
     """(a function that makes one training step of the kind on random data, its FLOPs per image)."""
     device = torch.device("cuda" if CUDA else "cpu")
     train.LAYER_PAIRS, train.ALIGN_DEPTH = LAYER_PAIRS, ALIGN_DEPTH
     torch.manual_seed(0)
-    model = build(MODEL, align_depth=ALIGN_DEPTH, teacher_dim=None if kind == "plain SiT" else 768).to(device)
+    model = build(name, depth=depth, align_depth=ALIGN_DEPTH, teacher_dim=None if kind == "plain" else 768).to(device)
     teacher, align = None, train.alignment_losses
     if kind == "phase I":
         network = timm.create_model(TEACHER, pretrained=False, num_classes=0)
         teacher = Teacher(network, [layer for _, layer in LAYER_PAIRS], model.grid * 14).to(device)
-    flops = flops_per_image(model, teacher)
+    text = name.startswith("MMDiT")
+    flops = flops_per_image(model, teacher, TABLE if text else None)
     if COMPILE:
         for part in (*model.blocks, model.final_layer, *([] if teacher is None else [teacher])):
             part.compile(fullgraph=True, dynamic=False)
@@ -105,7 +109,8 @@ def make_step(kind):
     if kind == "phase II":
         model.projectors = None
     y = torch.randint(0, 1000, (BATCH_SIZE,), device=device)
-    return step_of(model, teacher, align, y, lambda y: y), flops
+    context = torch.randn(BATCH_SIZE, 77, 768, device=device) if text else y
+    return step_of(model, teacher, align, y, lambda _: context), flops
 
 
 def timed(function):
@@ -116,9 +121,9 @@ def timed(function):
     return time.perf_counter() - started
 
 
-def peak_memory(kind, result):
+def peak_memory(result, *arguments):
     """GiB at most in use by a process that makes two steps of this kind alone."""
-    step, _ = make_step(kind)
+    step, _ = make_step(*arguments)
     step(), step()
     peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result.put(peak / 2**30)
@@ -234,33 +239,33 @@ def bench_data():
                   f"{rate * counter.get_total_flops() / matrix_rate(device, torch.bfloat16):.0%} of the measured bf16 matrix rate")
 
 
-def bench_steps():
+def bench_steps(model=MODEL, depth=MODELS[MODEL]["depth"]):
     spawn = multiprocessing.get_context("spawn")
     memory = {}
     for kind in KINDS:
         result = spawn.Queue()
-        process = spawn.Process(target=peak_memory, args=(kind, result))
+        process = spawn.Process(target=peak_memory, args=(result, kind, model, depth))
         process.start()
         memory[kind] = result.get()
         process.join()
 
     if CUDA:
         torch.set_float32_matmul_precision("high")
-    steps = {kind: make_step(kind) for kind in KINDS}
+    steps = {kind: make_step(kind, model, depth) for kind in KINDS}
     times = {kind: [] for kind in KINDS}
     for _ in range(WARMUP + ROUNDS):
         for kind, (step, _) in steps.items():
             times[kind].append(timed(step))
     rate = matrix_rate(torch.device("cuda" if CUDA else "cpu"), torch.bfloat16 if CUDA else torch.float32)
     name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{MODEL}, batch {BATCH_SIZE}, {'bf16' if CUDA else 'float32'}{', compiled' if COMPILE else ''}, torch {torch.__version__}, {name}; "
+    print(f"{model}, {depth} blocks, batch {BATCH_SIZE}, {'bf16' if CUDA else 'float32'}{', compiled' if COMPILE else ''}, torch {torch.__version__}, {name}; "
           f"measured matrix rate {rate / 1e12:.2f} TFLOP/s")
     print(f"{'':12}{'ms / step':>10}{'images/s':>10}{'/ plain':>9}{'MFU':>7}{'peak GiB':>10}")
     for kind in KINDS:
         counted = times[kind][WARMUP:]
         median = statistics.median(counted)
         # ratios pair the steps of one round, so that a slow moment of the machine hits both sides
-        ratio = statistics.median(a / b for a, b in zip(counted, times["plain SiT"][WARMUP:]))
+        ratio = statistics.median(a / b for a, b in zip(counted, times["plain"][WARMUP:]))
         print(f"{kind:12}{median * 1000:>10.1f}{BATCH_SIZE / median:>10.1f}{ratio:>9.3f}{steps[kind][1] * BATCH_SIZE / median / rate:>7.1%}"
               f"{memory[kind]:>10.2f}")
 
@@ -292,6 +297,8 @@ def bench_text():
     print(f"MMDiT/2, batch {TEXT_BATCH_SIZE}, phase II: a step that encodes its captions / one that reads them from the table "
           f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); by operations {flops[1] / flops[0]:.3f}, "
           f"{flops[0] / 1e9:.0f} GFLOP per image with the table")
+    del model, step
+    bench_steps("MMDiT/2", MODELS["MMDiT/2"]["depth"] if CUDA else 6)
 
 
 def bench_fid():
@@ -335,4 +342,5 @@ def bench_checkpoint():
 
 
 if __name__ == "__main__":
-    {"text": bench_text, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()
+    parts = {"text": bench_text, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}
+    parts.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()

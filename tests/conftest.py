@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import compare
 import fid
 import prepare_latents
 import sample
@@ -65,7 +66,7 @@ def set_constants(patch, module, **constants):
 @pytest.fixture
 def restored():
     """Puts every script's constants back as they were."""
-    before = [(module, dict(vars(module))) for module in (fid, prepare_latents, sample, train, train_network)]
+    before = [(module, dict(vars(module))) for module in (compare, fid, prepare_latents, sample, train, train_network)]
     yield
     for module, constants in before:
         for name, value in constants.items():

@@ -1,0 +1,136 @@
+"""Text to image on a laptop: plain MMDiT, REPA and HASTE side by side on emoji, judged by what prompts ask for.
+
+    pip install -r requirements-text.txt
+    PYTHONPATH=. python experiments/emoji.py
+
+Fetches the pictures with npm and pip (emoji_data.py, which says whose they are), trains teacher and judge, then every
+run of RUNS from every seed. RESULTS has a row per run, seed and step: the Fréchet distance in the judge's features,
+and how often the judge sees the group, style and skin tone that a caption names, for captions seen in training and for
+held-out combinations of a concept and a style, or a concept and a tone. Stopped or killed, the same command goes on.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+import compare
+import emoji_data
+import fid
+import model
+import prepare_latents
+import sample
+import train
+from prepare_latents import PreparedDataset
+from teacher import load_network, preprocess
+
+OUT = "out/emoji"
+RESULTS = compare.HERE / "emoji.csv"
+SEEDS = (0, 1, 2)
+STEPS = (750, 1500)  # at which samples are judged; the last ends the runs
+RUNS = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "aligned": dict(KEEP_EVERY=750)}
+STOPS = (750,)
+STUDENT = {}  # what differs from MMDiT-T/4
+SEEN = 320  # captions of training pictures that are drawn and judged, evenly spaced; of the held-out ones all
+COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "seen_group", "seen_style", "seen_tone",
+           "new_style_group", "new_style_style", "new_tone_group", "new_tone_style", "new_tone_tone", "denoising_loss",
+           "gradient_cosine", "conflict_step")
+PROMPTS = ("red apple, flat drawing", "green apple, 3d drawing", "cat with wry smile, shaded drawing",
+           "ambulance, 3d drawing", "sunflower, flat drawing", "pizza, shaded drawing")
+FIGURE = "data/emoji.png"  # a sheet of samples for PROMPTS, a prompt a row
+
+
+def chosen():
+    """[(prepared folder, which of its pictures serve to judge)] of those seen in training and of the held-out ones."""
+    seen, new = (PreparedDataset(f"{emoji_data.OUT}/prepared/{tree}") for tree in ("images", "held_out"))
+    return [(seen, np.arange(SEEN) * len(seen) // SEEN), (new, np.arange(len(new)))]
+
+
+def prompts():
+    """(captions, their classes, the kind of each: "seen", "new_style" or "new_tone") that samples are drawn for."""
+    captions, names = zip(*((data.captions[data.caption_offsets[i]], data.classes[data.labels[i]])
+                            for data, rows in chosen() for i in rows))
+    kinds = ["seen"] * SEEN + ["new_style" if name.endswith("_none") else "new_tone" for name in names[SEEN:]]
+    return list(captions), names, np.array(kinds)
+
+
+def settings(folder, seed, changes):
+    """Sets the scripts' constants for one run."""
+    model.MODELS["student"] = dict(model.MODELS["MMDiT-T/4"], **STUDENT)
+    data = f"{emoji_data.OUT}/prepared/images"
+    train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = data, str(folder), 0, seed
+    train.MODEL, train.TEACHER = "student", emoji_data.WEIGHTS.format("teacher")
+    train.TEXT_ENCODER, train.TEXT_LENGTH = f"{emoji_data.OUT}/text_encoder", 16
+    train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
+    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 64  # aligned to the end
+    train.LEARNING_RATE, train.BETAS, train.EMA_DECAY, train.COMPILE = 1e-3, (0.9, 0.99), 0.995, False
+    steps = STEPS[0]
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = steps, steps, 1, 0
+    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, steps, steps, 256
+    for name, value in changes.items():
+        setattr(train, name, value)
+    sample.RUN_DIR, sample.PROMPTS, sample.BATCH_SIZE = str(folder), prompts()[0], 100
+    sample.NUM_SAMPLES, sample.CLASS_SAMPLING, sample.GRID = len(sample.PROMPTS), "balanced", (20, 1)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 15, 3.0, (0.0, 1.0)
+
+
+def judge(samples, out):
+    """Of pictures for prompts(), in their order: distance, precision and recall in the judge's features, and how often
+    it sees what the captions say."""
+    fid.SAMPLES, fid.REFERENCE, fid.OUT = str(samples), f"{emoji_data.OUT}/prepared/images", f"{out}-judge.json"
+    fid.FEATURES, fid.BATCH_SIZE, fid.WORKERS = emoji_data.WEIGHTS.format("judge"), 250, 0
+    measured = fid.main()
+    row = {key: measured[key] for key in ("precision", "recall")} | dict(distance=measured["frechet_distance"])
+    with np.load(Path(samples, "samples.npz")) as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    return row | agreement(images)
+
+
+def agreement(images):
+    """{kind and part of the class: how often the judge sees it} in pictures uint8 [N, 3, H, W] for prompts()."""
+    network, (_, names, kinds) = load_network(emoji_data.WEIGHTS.format("judge")), prompts()
+    config = timm.data.resolve_model_data_config(network)
+    with torch.no_grad():
+        p = torch.cat([network(preprocess(some, config["mean"], config["std"], images.shape[-1])).softmax(1)
+                       for some in images.split(250)])
+    right = {}
+    for part, (label, (values, sums)) in enumerate(emoji_data.marginals(p, chosen()[0][0].classes).items()):
+        said = np.array([name.split("_")[part] for name in names])
+        seen = np.array(values)[sums.argmax(1)] == said
+        for kind in ("seen", "new_style", "new_tone"):
+            rows = (kinds == kind) & (said != "none")  # no tone to see
+            if rows.any():
+                right[f"{kind}_{label}"] = seen[rows].mean()
+    return right
+
+
+def write_real(out):
+    """The pictures that prompts() are captions of, as samples.npz: the judge cannot make more of samples."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    images = torch.cat([data.images(rows) for data, rows in chosen()])
+    np.savez(f"{out}/samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+
+
+def draw_sheet():
+    """FIGURE, by HASTE of the first seed."""
+    settings(f"{OUT}/stopped at {STOPS[0]}/{SEEDS[0]}", SEEDS[0], {})
+    sample.OUT, sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = f"{OUT}/sheet", 0, list(PROMPTS), (len(PROMPTS), 8)
+    sample.CHECKPOINT = None
+    sample.main()
+    Path(f"{OUT}/sheet/samples.png").rename(FIGURE)
+
+
+@prepare_latents.ends_in_one_line
+def main():
+    emoji_data.main()
+    compare.OUT, compare.RESULTS, compare.COLUMNS, compare.SEEDS = OUT, RESULTS, COLUMNS, SEEDS
+    compare.STEPS, compare.STOPS, compare.RUNS = STEPS, STOPS, RUNS
+    compare.SETTINGS, compare.JUDGE, compare.FILES = settings, judge, ("emoji", "emoji_data")
+    write_real(f"{OUT}/real")
+    compare.collect([dict(run="real images", **judge(f"{OUT}/real", f"{OUT}/real"))])
+    draw_sheet()
+
+
+if __name__ == "__main__":
+    prepare_latents.run_script(main)
