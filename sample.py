@@ -261,8 +261,9 @@ def velocity_of(model, settings, device, precision="bf16"):
 def check_settings():
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE TEXT_ENCODER OUT", "whole number from 0": "NUM_SAMPLES SEED FRAMES",
-        "whole number from 1": "STEPS BATCH_SIZE", "number above 0": "TOLERANCE", "number from 0": "CFG_SCALE",
+        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
+        "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
+        "number from 0": "CFG_SCALE",
         "two numbers from 0 to 1": "GUIDANCE", "two whole numbers from 0 or None": "GRID",
         "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"), SOLVER=("euler", "heun", "adaptive"),
         CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
@@ -298,6 +299,9 @@ class Sampler:
         model, self.settings = load_model(checkpoint)
         self.null, self.shape = getattr(model, "num_classes", None), (model.in_channels, *[model.input_size] * 2)
         self.encoder, arguments = None, self.settings["sit"]
+        unused = "CLASSES" if "context_dim" in arguments else "PROMPTS"
+        if globals()[unused] is not None:
+            raise ValueError(f"{unused} {globals()[unused]!r}: not what this model draws from; set it to None")
         if "context_dim" in arguments:
             self.choices, name = read_prompts(), TEXT_ENCODER or self.settings["TEXT_ENCODER"]
             self.encoder = TextEncoder(name, self.settings["TEXT_LENGTH"])
@@ -311,8 +315,8 @@ class Sampler:
                 raise ValueError(f"CLASSES {self.choices} must name at least one of the model's classes "
                                  f"0..{self.null - 1}")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
-        if any(scale != 1 for scale in scales) and not arguments.get("class_dropout_prob",
-                                                                     self.settings["LABEL_DROPOUT"]):
+        dropout = arguments.get("class_dropout_prob", self.settings.get("LABEL_DROPOUT"))
+        if any(scale != 1 for scale in scales) and not dropout:
             raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
         vae_meta, self.vae, self.scale = self.settings["data"]["vae"], None, None
         if vae_meta is not None:

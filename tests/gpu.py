@@ -34,6 +34,7 @@ import fid
 import prepare_latents
 import sample
 import train
+from model import build
 from vae import AutoencoderKL
 
 OUT = "out/gpu.json"
@@ -179,7 +180,7 @@ def switch(folder):
 def precision(folder):
     """Losses and gradients of one batch: bf16 and compiled beside float32 and eager, SMALL with the teacher."""
     torch.manual_seed(0)
-    model = train.build(SMALL, align_depth=5).cuda()
+    model = build(SMALL, align_depth=5).cuda()
     for p in model.parameters():  # zero at first: velocity and most gradients would be
         torch.nn.init.normal_(p, std=0.02) if p.requires_grad and not p.any() else None
     teacher = train.teacher_for_grid("vit_base_patch14_dinov2.lvd142m", [7, 9, 11], 16).cuda()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, set_constants, write_words
+from conftest import ROOT, set_constants, small_constants, write_words
 from PIL import Image
 from safetensors.torch import save_file
 from test_model import ShapeRecorder
 from test_train import assert_close_models, assert_same_state, final_state, read_log, run_process  # noqa: F401
 
 import checkpoint
+import coco as coco_run
 import fid
 import prepare_latents
 import sample
@@ -229,6 +231,7 @@ def test_prompts_of_a_prepared_folder_come_image_by_image(drawing, coco, tmp_pat
     (dict(PROMPTS=["a", 3]), "PROMPTS .*list of texts"),
     (dict(PROMPTS="a red apple"), r"no such folder; .* or to a list of texts, as \['a red apple'\]"),
     (dict(PROMPTS=str(ROOT / "data")), "no meta.json"),
+    (dict(CLASSES=[1]), r"CLASSES \[1\]: not what this model draws from; set it to None"),
     (dict(TEXT_ENCODER="nowhere"), "text encoder 'nowhere': transformers cannot load it"),
 ])
 def test_prompts_and_encoders_that_cannot_be_drawn_from_are_refused(drawing, constants, message, tmp_path):
@@ -245,6 +248,55 @@ def test_an_encoder_of_another_width_is_refused_with_the_one_that_fits(drawing, 
     drawing(TEXT_ENCODER=str(tmp_path / "bert"))
     with pytest.raises(ValueError, match="24 numbers a token, but .* takes 16; set it to '"):
         sample.main()
+
+
+def test_the_coco_run_in_short(restored, monkeypatch, tmp_path, encoder_dir, teacher_file):
+    """All four parts on zips of COCO's layout, with an image without captions: the paper's constants, then small ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MODELS, "MMDiT-T/4", dict(MODELS["MMDiT-T/4"], **SMALLER))
+    sheet = Image.open(ROOT / "data/fashion_mnist_test.png").convert("RGB")
+    for split, first in (("train", 0), ("val", 100)):
+        pictures, images, annotations = tmp_path / "pictures" / f"{split}2014", [], []
+        pictures.mkdir(parents=True)
+        for i in range(first, first + 20):
+            images.append(dict(id=i, file_name=f"COCO_{split}2014_{i:012d}.jpg"))
+            sheet.crop((28 * (i % 100), i // 100 * 28, 28 * (i % 100) + 28, i // 100 * 28 + 28)).resize((40, 30)).save(
+                pictures / images[-1]["file_name"])
+            annotations += [dict(id=i, image_id=i, caption=f" w{i % 50}\nw7 é ")] * (i > first)
+        (tmp_path / "data/coco/annotations").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"data/coco/annotations/captions_{split}2014.json").write_text(
+            json.dumps(dict(images=images, annotations=annotations)))
+        shutil.make_archive(str(tmp_path / f"data/coco/{split}2014"), "zip", tmp_path / "pictures", f"{split}2014")
+    settings = coco_run.settings
+
+    def small_settings():
+        settings()
+        if sys.argv[1] == "prepare":  # the first: nothing is small yet
+            assert (train.BATCH_SIZE, sample.MODE, sample.STEPS) == (256, "sde", 250)
+            assert fid.CLIP == "openai/clip-vit-large-patch14"
+        assert (train.MODEL, train.ALIGN_STEPS, train.STEPS) == ("MMDiT/2", 200_000, 250_000)
+        assert (sample.NUM_SAMPLES, sample.CFG_SCALE, sample.GUIDANCE) == (40_192, 2.25, (0.0, 1.0))
+        assert (prepare_latents.CROP, fid.RESIZE) == ("square", "bilinear")
+        small = {
+            prepare_latents: dict(IMAGE_SIZE=28, VAE=None, WORKERS=0, LEAVE_OUT_UNREADABLE=True),
+            train: dict(small_constants(train.DATA_DIR, teacher_file, train.RUN_DIR), MODEL="MMDiT-T/4", STEPS=4,
+                        ALIGN_STEPS=2, TEXT_ENCODER=str(encoder_dir), TEXT_LENGTH=12),
+            sample: dict(NUM_SAMPLES=24, STEPS=3, BATCH_SIZE=24, GRID=(2, 2)),
+            fid: dict(FEATURES=str(ROOT / "data/judge.safetensors"), CLIP=None, WORKERS=0)}
+        for module, constants in small.items():
+            set_constants(monkeypatch, module, **constants)
+
+    monkeypatch.setattr(coco_run, "settings", small_settings)
+    for part in ("prepare", "train", "sample", "fid"):
+        monkeypatch.setattr(sys, "argv", ["coco.py", part])
+        coco_run.main()
+    prompts = (tmp_path / "runs/haste-coco/samples/prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == [f"w{(101 + i % 19) % 50} w7 é" for i in range(24)]
+    assert "no caption" in (tmp_path / "data/coco/val256/unreadable.txt").read_text()
+    assert json.loads((tmp_path / "runs/haste-coco/fid.json").read_text())["reference_count"] == 19
+    monkeypatch.setattr(sys, "argv", ["coco.py"])
+    with pytest.raises(ValueError, match="say which part to run: prepare, train, sample, fid"):
+        coco_run.main()
 
 
 def test_a_model_of_text_needs_captions(text_run, data_dir):
