@@ -71,8 +71,8 @@ class CaptionTable:
     """The context of captions by their numbers: table(y), y int64 [B], is [B, L, C].
 
     captions: a list of texts; number len(captions), `null`, is the empty one's: "no text". Equal captions are encoded
-    once, at the start where their embeddings take `gib` GiB at most (1 MiB holds 5 captions of CLIP's in float32),
-    otherwise at each call.
+    once, at the start where their embeddings take `gib` GiB at most (one of CLIP's takes 231 KiB in float32), otherwise
+    at each call.
     """
 
     def __init__(self, encoder, captions, gib=float("inf")):
