@@ -201,7 +201,7 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     write_words(encoder, 9, 12, pad="w0")
     set_constants(monkeypatch, emoji_data, OUT="data/emoji")
     monkeypatch.setattr(emoji_data, "write_text_encoder", lambda: None)  # those in the small packages are no networks
-    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 2), STOPS=(1,), SEEN=8, RESULTS=tmp_path / "emoji.csv",
+    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, RESULTS=tmp_path / "emoji.csv",
                   STUDENT=dict(depth=4, hidden_size=24, num_heads=2),
                   RUNS={"plain": dict(ALIGN_STEPS=0), "aligned": dict(KEEP_EVERY=1, CHECKPOINT_EVERY=1)})
     set_constants(monkeypatch, compare, PROCESSES=1)
@@ -209,12 +209,12 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     with open("emoji.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["step"]) for row in rows] == [("real images", "")] + [
-        (run, step) for run in ("plain", "aligned", "stopped at 1") for step in "12"]
+        (run, step) for run in ("plain", "aligned", "stopped at 1") for step in "13"]
     assert all(0 <= float(row[key]) <= 1 for row in rows for key in emoji.COLUMNS if key.startswith(("seen", "new")))
     assert float(rows[0]["distance"]) < float(rows[1]["distance"])
     assert {**rows[5], "run": "aligned"} == rows[3] and rows[6]["denoising_loss"] != rows[4]["denoising_loss"]
     assert Image.open(emoji.FIGURE).size == (8 * 32, len(emoji.PROMPTS) * 32)
-    prompts = (tmp_path / "out/emoji/plain/3/samples_2/prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = (tmp_path / "out/emoji/plain/3/samples_3/prompts.txt").read_text(encoding="utf-8").splitlines()
     assert prompts == emoji.prompts()[0] and len(prompts) == 8 + 9
     assert (emoji.prompts()[2] == ["seen"] * 8 + ["new_style"] * 3 + ["new_tone"] * 6).all()
 
