@@ -41,7 +41,6 @@ RUNS = {  # what differs from the settings below
     "aligned": dict(KEEP_EVERY=500),  # HASTE that never stops; those that stop begin at what is kept of it
 }
 STOPS = (1000, 2000)  # HASTE: "aligned" to this step, then plain
-RATES = {}  # {step: learning rate until it}, where it changes
 IMAGES = 1000  # samples judged, class by class
 PROCESSES = 2  # runs at a time, which share the cores
 COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "teacher_distance", "denoising_loss",
@@ -101,7 +100,7 @@ def run(name, seed, changes, stop=None):
             result = folder / f"{step}.json"
             if result.exists() or step <= (stop or 0):
                 continue
-            train.STEPS, train.LEARNING_RATE = step, RATES.get(step, train.LEARNING_RATE)
+            train.STEPS = step
             train.main()
             sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
             sample.OUT = folder / f"samples_{step}"
