@@ -235,9 +235,9 @@ def load_inception():
     its hash."""
     path = Path(INCEPTION_WEIGHTS or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
     try:
-        how = dict(map_location="cpu", weights_only=True)
-        state = (torch.load(path, **how) if INCEPTION_WEIGHTS else
-                 torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, **how))
+        state = (torch.load(path, map_location="cpu", weights_only=True) if INCEPTION_WEIGHTS else
+                 torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
+                                                    weights_only=True))
         network = InceptionV3(RESIZE)
         network.load_state_dict(state)
         return network, path

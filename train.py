@@ -200,11 +200,12 @@ def caption_draws(step, rank, world):
 def open_batches(data, steps, rank, world, device):
     """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device. Labels are
     class ids, or for a model that takes text the numbers of captions."""
-    order = (batch_indices(step, len(data), rank, world) for step in steps)
-    if "context_dim" in MODELS[MODEL]:
-        order = ((batch_indices(step, len(data), rank, world), caption_draws(step, rank, world)) for step in steps)
+    def chosen(step):
+        images = batch_indices(step, len(data), rank, world)
+        return (images, caption_draws(step, rank, world)) if "context_dim" in MODELS[MODEL] else images
+
     return ([part if part is None else part.to(device, non_blocking=True) for part in batch]
-            for batch in open_loader(data, order, WORKERS, device))
+            for batch in open_loader(data, map(chosen, steps), WORKERS, device))
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
@@ -459,8 +460,8 @@ def main():
     if MIRROR and data.mirrored is None:
         raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
-    sit, captions = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
-                         teacher_dim=None), None
+    sit, encoder = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
+                        teacher_dim=None), None
     if "context_dim" in sit:
         if data.captions is None:
             raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; prepare images that "
@@ -477,10 +478,8 @@ def main():
     aligning = aligning and (FEATURE_WEIGHT or ATTENTION_WEIGHT) > 0 and not phase_one_is_over()  # once False, for good
 
     # what turns labels into the context that the model takes: classes as they are, captions to their embeddings
-    null, context_of = len(data.classes), lambda y: y
-    if "context_dim" in sit:
-        captions = context_of = CaptionTable(encoder, data.captions, TEXT_TABLE_GIB)
-        null, encoder = captions.null, None
+    captions = CaptionTable(encoder, data.captions, TEXT_TABLE_GIB) if encoder else None
+    context_of, null, encoder = captions or (lambda y: y), captions.null if captions else len(data.classes), None
 
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
