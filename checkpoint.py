@@ -32,6 +32,10 @@ from model import MODELS, make_network
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
 
+EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)  # of runs that had
+# none of these settings yet
+
+
 # ----- a run's checkpoints --------------------------------------------------------------------------------------------
 def describe(constants, data, sit):
     """A run's settings: every constant of its script, the model's arguments, the data set, versions."""
@@ -107,7 +111,7 @@ def find(run, settings, frozen):
         return None, dict(step=0, aligning=True, cosine=None)
     try:
         progress = json.loads((found[-1] / "progress.json").read_text())
-        saved = progress.pop("settings")
+        saved = {**EARLIER, **progress.pop("settings")}
     except (OSError, ValueError, KeyError) as error:
         raise damaged(found[-1], error) from error
     differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
@@ -140,28 +144,36 @@ def damaged(folder, error):
 # ----- models to sample from: ours and published ones -----------------------------------------------------------------
 def published_settings(state):
     """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    of_pixels = "x_embedder.proj1.weight" in state  # a JiT
+    width, channels, patch, _ = state["x_embedder.proj1.weight" if of_pixels else "x_embedder.proj.weight"].shape
+    _, N, hidden = state["pos_embed"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith(("blocks.", "joint_blocks."))})
-    heads = {(m["hidden_size"], m["depth"]): m["num_heads"] for m in MODELS.values()}[hidden, depth]
-    sit = dict(input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch, patch_size=patch, in_channels=channels,
-               hidden_size=hidden, depth=depth, num_heads=heads)
+    known = {(m["hidden_size"], m["depth"]): m for m in MODELS.values() if ("bottleneck_dim" in m) == of_pixels}
+    sit = dict(input_size=round(N**0.5) * patch, patch_size=patch, in_channels=channels, hidden_size=hidden,
+               depth=depth, num_heads=known[hidden, depth]["num_heads"])
     learn_sigma = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
     if "context_embedder.weight" in state:
         sit["context_dim"] = state["context_embedder.weight"].shape[1]
     else:
-        sit.update(qk_norm="blocks.0.attn.q_norm.weight" in state, class_dropout_prob=0.1, learn_sigma=learn_sigma,
-                   num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1)
-    # the first release's time runs the other way, from noise to data
+        sit.update(num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1)
+        if of_pixels:
+            sit.update(bottleneck_dim=width, in_context_len=state["in_context_posemb"].shape[1],
+                       in_context_start=known[hidden, depth].get("in_context_start", 4))
+        else:
+            sit.update(qk_norm="blocks.0.attn.q_norm.weight" in state, learn_sigma=learn_sigma)
+    # SiT's first release has its time run the other way, from noise to data
     return dict(sit=sit, PATH="linear", time_from_noise=learn_sigma, LABEL_DROPOUT=0.1,
+                NOISE_SCALE=sit["input_size"] / 256 if of_pixels else 1.0,
                 TEXT_ENCODER="openai/clip-vit-large-patch14", TEXT_LENGTH=77,
-                data=dict(vae=dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
+                data=dict(vae=None if of_pixels else dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
 
 
-def load_model(path):
+def load_model(path, average=None):
     """(network in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
-    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE) are a state dict, bare or
-    under "ema"; of what else pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors.
+    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, JiT) are a state dict,
+    bare, under "ema" or under `average` (None: JiT's "model_ema1"); of what else pickles may hold, only an
+    argparse.Namespace is let in. A folder's is its ema.safetensors.
     Raises ValueError where the file is missing, damaged or of another kind.
     """
     path = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
@@ -180,8 +192,9 @@ def load_model(path):
             namespace = type("Namespace", (), dict(__module__="argparse"))
             with torch.serialization.safe_globals([namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            state = state.get("ema", state)
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+            state = state.get("ema", state) if average is None else state
+            state = state.get(average or "model_ema1", state)
+        state = {re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", key): value for key, value in state.items()}
         # REPA's first files number the blocks after the projector's anew
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value

@@ -1,5 +1,5 @@
-"""SiT, the scalable interpolant transformer (arXiv 2401.08740), and MMDiT, its kind for text (arXiv 2403.03206), with
-attention that can be returned, and the interpolant between data (t = 0) and noise (t = 1) whose velocity they predict.
+"""SiT, the scalable interpolant transformer (arXiv 2401.08740), MMDiT, for text (arXiv 2403.03206), and JiT, for pixels
+(arXiv 2511.13720), with attention that can be returned; and the interpolant between data (t = 0) and noise (t = 1).
 
     model = build("SiT-XL/2")
     velocity, attn_logits, features = model(x, t, y, attn_layers=(4, 5, 6, 7), return_features=True)
@@ -23,21 +23,35 @@ MODELS = {
     for patch in (2, 4, 8)
 }
 MODELS["MMDiT/2"] = dict(depth=24, hidden_size=768, num_heads=24, patch_size=2, context_dim=768)
+for patch in (16, 32):
+    MODELS[f"JiT-B/{patch}"] = dict(depth=12, hidden_size=768, num_heads=12, patch_size=patch, bottleneck_dim=128)
+    MODELS[f"JiT-L/{patch}"] = dict(depth=24, hidden_size=1024, num_heads=16, patch_size=patch, bottleneck_dim=128,
+                                    in_context_start=8)
+    MODELS[f"JiT-H/{patch}"] = dict(depth=32, hidden_size=1280, num_heads=16, patch_size=patch, bottleneck_dim=256,
+                                    in_context_start=10, dropout=0.2)
 # small ones, for a CPU
 MODELS["SiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, align_depth=3, projector_dim=256)
 MODELS["MMDiT-T/4"] = dict(depth=6, hidden_size=192, num_heads=6, patch_size=4, context_dim=384, align_depth=3,
                            projector_dim=384)
+MODELS["JiT-T/4"] = dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, bottleneck_dim=32, in_context_len=4,
+                         in_context_start=2, align_depth=3, projector_dim=256)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts [B, C, H, W] into patches and projects each: [B, N, D], row by row."""
+    """Cuts [B, C, H, W] into patches and projects each, JiT's by way of few channels: [B, N, D], row by row."""
 
-    def __init__(self, patch_size, in_channels, hidden_size):
+    def __init__(self, patch_size, in_channels, hidden_size, bottleneck_dim=None):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        if bottleneck_dim is None:
+            self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        else:
+            self.proj1 = nn.Conv2d(in_channels, bottleneck_dim, kernel_size=patch_size, stride=patch_size, bias=False)
+            self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, kernel_size=1)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        for convolution in self.children():
+            x = convolution(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -57,8 +71,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label"; dropping
-    is the training loop's business, whose draws are seeded by step."""
+    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label"."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -66,6 +79,13 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y):
         return self.embedding_table(y)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm with learned weights, in float32; its eps is JiT's."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), eps=1e-6).to(x.dtype)
 
 
 def attention_logits(q, k):
@@ -100,6 +120,32 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class RotaryAttention(Attention):
+    """Attention whose queries and keys are normed, then turned by their token's place (RoPE, arXiv 2104.09864): pairs
+    of channels in a head's first half by its row, in the second by its column. `in_context` tokens have no place."""
+
+    def __init__(self, hidden_size, num_heads, grid, in_context, dropout):
+        super().__init__(hidden_size, num_heads, qk_norm=False)
+        head_dim, self.dropout = hidden_size // num_heads, dropout
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        line = torch.outer(torch.arange(grid), 10_000 ** -(torch.arange(head_dim // 4) / (head_dim / 4)))
+        angles = torch.cat([line.repeat_interleave(grid, dim=0), line.repeat(grid, 1)], dim=1)
+        angles = F.pad(angles, (0, 0, in_context, 0))  # [in_context + N, head dim / 2]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def turn(self, x):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * self.cos - b * self.sin, a * self.sin + b * self.cos], dim=-1).flatten(-2).to(x.dtype)
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return self.turn(q), self.turn(k), v
+
+    def merge(self, out):
+        return F.dropout(super().merge(out), self.dropout, self.training)
+
+
 class Mlp(nn.Module):
     """Linear, GELU (tanh form), Linear."""
 
@@ -110,6 +156,20 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (arXiv 2002.05202), of about as many weights as Mlp has with the same mlp_hidden_size."""
+
+    def __init__(self, hidden_size, mlp_hidden_size, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.w12 = nn.Linear(hidden_size, 2 * int(mlp_hidden_size * 2 / 3))
+        self.w3 = nn.Linear(int(mlp_hidden_size * 2 / 3), hidden_size)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.dropout(F.silu(gate) * value, self.dropout, self.training))
 
 
 def modulate(x, shift, scale):
@@ -170,6 +230,16 @@ class JointBlock(nn.Module):
         return x, text, (q, k) if return_qk else None
 
 
+class JiTBlock(Block):
+    """Block with RMS norms, rotary attention and a gated MLP."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, grid, in_context, dropout):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
+        self.attn = RotaryAttention(hidden_size, num_heads, grid, in_context, dropout)
+        self.mlp = SwiGLU(hidden_size, int(hidden_size * mlp_ratio), dropout)
+
+
 class FinalLayer(nn.Module):
     """Tokens [B, N, D] to patches [B, N, patch * patch * channels]."""
 
@@ -199,13 +269,26 @@ def initialize_linear(module):
         nn.init.zeros_(module.bias)
 
 
+class ConvProjector(nn.Module):
+    """Tokens [B, N, D] of a square grid to [B, N, teacher_dim] by a 3 x 3 convolution (iREPA, arXiv 2512.10794)."""
+
+    def __init__(self, hidden_size, teacher_dim):
+        super().__init__()
+        self.projection_layer = nn.Conv2d(hidden_size, teacher_dim, kernel_size=3, padding=1)
+
+    def forward(self, x):
+        grid = math.isqrt(x.shape[1])
+        return self.projection_layer(x.transpose(1, 2).unflatten(2, (grid, grid))).flatten(2).transpose(1, 2)
+
+
 class DiffusionTransformer(nn.Module):
-    """What the networks below share. Each predicts the velocity of an interpolant between data (t = 0) and noise
-    (t = 1), [B, C, H, W] to the same, in blocks that run on patches.
+    """What the networks below share: from x_t [B, C, H, W] to its velocity, in blocks that run on patches.
 
     align_depth: `features` are the tokens after this many blocks, through the projector (REPA, arXiv 2410.06940).
-    teacher_dim: width of the projector's output; None builds no projector.
+    teacher_dim: width of the projector's output; None builds no projector. projector: "mlp" (REPA) or "conv" (iREPA).
     """
+
+    in_context_len = in_context_start = 0  # JiT's own
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim):
         super().__init__()
@@ -226,29 +309,28 @@ class DiffusionTransformer(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
 
-    def finish(self, out_channels, projector_dim):
+    def finish(self, out_channels, projector_dim, projector):
         """What follows the blocks, and the first weights."""
         hidden_size = self.pos_embed.shape[-1]
         self.final_layer = FinalLayer(hidden_size, self.patch_size, out_channels)
         self.initialize_weights()
         self.projectors = None
         if self.teacher_dim is not None:  # last, so that a seed makes the same student with and without it
-            projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-                                      nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-                                      nn.Linear(projector_dim, self.teacher_dim))
-            projector.apply(initialize_linear)
-            self.projectors = nn.ModuleList([projector])  # a list of one: the published keys are projectors.0.*
+            made = ConvProjector(hidden_size, self.teacher_dim) if projector == "conv" else nn.Sequential(
+                nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+                nn.Linear(projector_dim, self.teacher_dim))
+            self.projectors = nn.ModuleList([made.apply(initialize_linear)])  # published keys are projectors.0.*
 
     def initialize_weights(self):
         """DiT's initialisation: Xavier for linear layers, zero where a block or the output must start as nothing."""
         self.apply(initialize_linear)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for convolution in self.x_embedder.children():
+            nn.init.xavier_uniform_(convolution.weight.view(convolution.weight.shape[0], -1))
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        for layer in (*tables, *self.t_embedder.mlp[::2]):
+            nn.init.normal_(layer.weight, std=0.02)
         modulated = [module for module in self.modules() if isinstance(module, (Block, FinalLayer))]
         for layer in (*(module.adaLN_modulation[1] for module in modulated), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
@@ -262,9 +344,9 @@ class DiffusionTransformer(nn.Module):
         x = x.reshape(-1, g, g, p, p, x.shape[-1] // p**2).permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, p, columns, p]
         return x.reshape(-1, x.shape[1], g * p, g * p)
 
-    def run(self, x, condition, text, attn_layers, return_features, return_qk):
-        """From x_t to the velocity, through the blocks: see SiT.forward. condition [B, D]; text: a list, of text tokens
-        [B, L, D] or of nothing."""
+    def run(self, x, condition, text, attn_layers, return_features, return_qk, in_context=None):
+        """From x_t to the final layer's output [B, C, H, W]: see SiT.forward. condition [B, D]; text: a list, of text
+        tokens [B, L, D] or of nothing; in_context: tokens [B, L, D] to stand in front, from in_context_start on."""
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             raise ValueError(f"x is {list(x.shape)}; this model takes "
                              f"[B, {self.in_channels}, {self.input_size}, {self.input_size}]")
@@ -276,32 +358,33 @@ class DiffusionTransformer(nn.Module):
         # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
         x = (self.x_embedder(x) + self.pos_embed).contiguous()
         x, *text = (tokens.to(torch.bfloat16 if self.bf16_tokens else self.pos_embed.dtype) for tokens in (x, *text))
-        qk, features = {}, None
+        qk, features, N = {}, None, x.shape[1]
         for i, block in enumerate(self.blocks):
+            if in_context is not None and i == self.in_context_start:
+                x = torch.cat([in_context.to(x.dtype), x], dim=1)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, *text, qk[i] = checkpoint(block, x, *text, condition, i in attn_layers, use_reentrant=False)
             else:
                 x, *text, qk[i] = block(x, *text, condition, i in attn_layers)
             if return_features and i + 1 == self.align_depth:
-                features = self.projectors[0](x)
-        velocity = self.unpatchify(self.final_layer(x, condition))[:, : self.in_channels]  # of learn_sigma's 2C
-        return velocity, [qk[i] if return_qk else attention_logits(*qk[i]) for i in attn_layers], features
+                features = self.projectors[0](x[:, -N:])
+        output = self.unpatchify(self.final_layer(x[:, -N:], condition))[:, : self.in_channels]  # of learn_sigma's 2C
+        qk = [[each[:, :, -N:] for each in qk[i]] for i in attn_layers]
+        return output, [pair if return_qk else attention_logits(*pair) for pair in qk], features
 
 
 class SiT(DiffusionTransformer):
-    """The class-conditional network.
-
-    learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the first C are the velocity.
-    """
+    """The class-conditional network. learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the
+    first C are the velocity."""
 
     def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
-                 align_depth=8, teacher_dim=768, projector_dim=2048):
+                 align_depth=8, teacher_dim=768, projector_dim=2048, projector="mlp"):
         super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
         self.num_classes = num_classes
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.finish(in_channels * (2 if learn_sigma else 1), projector_dim)
+        self.finish(in_channels * (2 if learn_sigma else 1), projector_dim, projector)
 
     def forward(self, x, t, y, attn_layers=(), return_features=False, return_qk=False):
         """Velocity at x_t, and on request what the alignment losses need.
@@ -309,8 +392,7 @@ class SiT(DiffusionTransformer):
         x [B, C, H, W]; t [B] in 0..1; y [B] int64 class ids, num_classes meaning "no label".
         Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
         0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features. With return_qk
-        each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that attention_logits makes
-        of them, so that a loss can compute only those that it needs and need not keep them.
+        each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that a loss makes of them.
         """
         return self.run(x, self.t_embedder(t) + self.y_embedder(y), [], attn_layers, return_features, return_qk)
 
@@ -320,12 +402,12 @@ class MMDiT(DiffusionTransformer):
     the image's; the time alone is the condition. context_dim: width of the text encoder's output."""
 
     def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
-                 mlp_ratio=4.0, context_dim=768, align_depth=8, teacher_dim=768, projector_dim=2048):
+                 mlp_ratio=4.0, context_dim=768, align_depth=8, teacher_dim=768, projector_dim=2048, projector="mlp"):
         super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
         self.context_embedder = nn.Linear(context_dim, hidden_size)
         self.joint_blocks = nn.ModuleList(JointBlock(hidden_size, num_heads, mlp_ratio, last=i + 1 == depth)
                                           for i in range(depth))
-        self.finish(in_channels, projector_dim)
+        self.finish(in_channels, projector_dim, projector)
 
     @property
     def blocks(self):
@@ -338,6 +420,39 @@ class MMDiT(DiffusionTransformer):
         return self.run(x, self.t_embedder(t), [text], attn_layers, return_features, return_qk)
 
 
+class JiT(DiffusionTransformer):
+    """The network for pixels (arXiv 2511.13720): large patches, and inside it predicts the image, not the velocity.
+
+    From block in_context_start on, in_context_len tokens of the class stand in front. dropout: in the middle half of
+    the blocks. t_eps: from this time on the velocity is the predicted image's; below, a part of it.
+    """
+
+    def __init__(self, *, input_size=256, patch_size=16, in_channels=3, hidden_size=768, depth=12, num_heads=12,
+                 mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, bottleneck_dim=128, in_context_len=32,
+                 in_context_start=4, dropout=0.0, t_eps=0.05, align_depth=4, teacher_dim=768, projector_dim=2048,
+                 projector="mlp"):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
+        self.num_classes, self.t_eps = num_classes, t_eps
+        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size, bottleneck_dim)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        if in_context_len:
+            self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, in_context_len, hidden_size))
+        self.blocks = nn.ModuleList(
+            JiTBlock(hidden_size, num_heads, mlp_ratio, self.grid, in_context_len * (i >= in_context_start),
+                     dropout * (depth // 4 <= i < 3 * (depth // 4))) for i in range(depth))
+        self.finish(in_channels, projector_dim, projector)
+        self.final_layer.norm_final = RMSNorm(hidden_size)
+
+    def forward(self, x, t, y, attn_layers=(), return_features=False, return_qk=False):
+        """As SiT.forward; queries and keys are those that attend, normed and turned, of the image's tokens alone."""
+        label = self.y_embedder(y)
+        in_context = label[:, None] + self.in_context_posemb if self.in_context_len else None
+        image, *others = self.run(x, self.t_embedder(1 - t) + label, [], attn_layers, return_features, return_qk,
+                                  in_context)
+        return (x - image) / t.clamp(min=self.t_eps).view(-1, 1, 1, 1), *others
+
+
 def build(name, **overrides):
     """The network called `name` ("SiT-XL/2", see MODELS), with any of its arguments overridden."""
     if name not in MODELS:
@@ -346,8 +461,8 @@ def build(name, **overrides):
 
 
 def make_network(arguments):
-    """The network that takes these arguments: an MMDiT where they say how wide text is, else a SiT."""
-    return (MMDiT if "context_dim" in arguments else SiT)(**arguments)
+    """The network that takes these arguments, by those that others do not take."""
+    return (MMDiT if "context_dim" in arguments else JiT if "bottleneck_dim" in arguments else SiT)(**arguments)
 
 
 def path_coefficients(t, path):

@@ -37,6 +37,7 @@ RUN_DIR = "runs/haste-xl"
 CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
 TEXT_ENCODER = None  # None: the one that the model was trained with, by its name; or where that lies now
+EMA = None  # of a published JiT, which has two: None is "model_ema1", of decay 0.9999; or "model_ema2", of 0.9996
 # what to draw
 OUT = None  # folder for samples.npz and pictures; None: "samples" in RUN_DIR
 NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
@@ -92,9 +93,12 @@ def guided_velocity(velocity, x, t, y, null, scale, dtype):
     return v
 
 
-def scale_at(t, cfg_scale, guidance):
-    """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, ends included, 1 outside."""
-    return torch.where((t >= guidance[0]) & (t <= guidance[1]), cfg_scale, 1.0)
+def scale_at(t, cfg_scale, guidance, open_ends=False):
+    """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, 1 outside. Its ends belong to it,
+    unless they are open: then all but t = 1 do not."""
+    low, high = guidance
+    inside = (t > low) & (t < high) | (t == high == 1) if open_ends else (t >= low) & (t <= high)
+    return torch.where(inside, cfg_scale, 1.0)
 
 
 def step_times(count, last, spacing):
@@ -111,20 +115,22 @@ def to_zero(times):
 
 @torch.no_grad()
 def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear",
-               spacing=1.0):
+               spacing=1.0, per_call=False):
     """Follows the probability-flow ODE from noise (t = 1) to data (t = 0) in Euler or Heun steps.
 
     velocity: callable (x, t [B], y) -> v, called in noise's dtype. noise [B, C, H, W]; y [B] class ids; null: the id
     that means "no label". Guidance acts for t in the interval, ends included; Heun decides for both its calls by the
-    step's first time, and its last step is plain Euler (EDM's convention, as in REPA). spacing: see SPACING; "log" goes
-    to 0.04, then to 0. Returns float64 latents [B, C, H, W].
+    step's first time, and its last step is plain Euler (EDM's convention, as in REPA). With per_call it decides for
+    each call by that call's time, ends left out (JiT's convention). spacing: see SPACING; "log" goes to 0.04, then to
+    0. Returns float64 latents [B, C, H, W].
     """
     times = to_zero(step_times(steps, 0.04, spacing)) if spacing == "log" else step_times(steps + 1, 0.0, spacing)
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        scale = scale_at(t, cfg_scale, guidance)
+        scale = scale_at(t, cfg_scale, guidance, per_call)
         v = guided_velocity(velocity, x, t, y, null, scale, noise.dtype)
         if heun and i < steps - 1:
+            scale = scale_at(t_next, cfg_scale, guidance, True) if per_call else scale
             v_next = guided_velocity(velocity, x + (t_next - t) * v, t_next, y, null, scale, noise.dtype)
             v = (v + v_next) / 2
         x = x + (t_next - t) * v
@@ -232,10 +238,11 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, cont
     ema, settings: a network's weights and its run's settings; grid: rows, columns; steps: of Euler; context_of: from
     classes or captions' numbers, 0..null - 1, to what the network takes.
     """
-    model = make_network(settings["sit"]).to(device)
+    model = make_network(settings["sit"]).to(device).eval()
     model.load_state_dict(ema)
     rows, columns, vae_meta = min(grid[0], null), grid[1], settings["data"]["vae"]
     noise = IndexedNoise(seed, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
+    noise *= settings["NOISE_SCALE"]
     y = torch.linspace(0, null - 1, rows, dtype=torch.float64).round().long()
     if captions:
         save_lines(path.parent / "captions.txt", [captions[number] for number in y])
@@ -261,7 +268,7 @@ def velocity_of(model, settings, device, precision="bf16"):
 def check_settings():
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
+        "path": "RUN_DIR", "path or None": "CHECKPOINT VAE EMA TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
         "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
         "number from 0": "CFG_SCALE",
         "two numbers from 0 to 1": "GUIDANCE", "two whole numbers from 0 or None": "GRID",
@@ -296,7 +303,7 @@ class Sampler:
     """A checkpoint ready to draw from: model, VAE, text encoder, and what CLASSES or PROMPTS choose, on the device."""
 
     def __init__(self, checkpoint, device):
-        model, self.settings = load_model(checkpoint)
+        model, self.settings = load_model(checkpoint, EMA)
         self.null, self.shape = getattr(model, "num_classes", None), (model.in_channels, *[model.input_size] * 2)
         self.encoder, arguments = None, self.settings["sit"]
         unused = "CLASSES" if "context_dim" in arguments else "PROMPTS"
@@ -314,6 +321,11 @@ class Sampler:
             if not self.choices or any(y not in range(self.null) for y in self.choices):
                 raise ValueError(f"CLASSES {self.choices} must name at least one of the model's classes "
                                  f"0..{self.null - 1}")
+        self.per_call = "bottleneck_dim" in arguments  # JiT's convention
+        self.noise_scale = self.settings.get("NOISE_SCALE", 1.0)
+        if MODE == "sde" and self.noise_scale != 1:
+            raise ValueError(f"MODE 'sde' knows noise of scale 1 alone, and {checkpoint} has {self.noise_scale}; set it "
+                             f"to 'ode'")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
         dropout = arguments.get("class_dropout_prob", self.settings.get("LABEL_DROPOUT"))
         if any(scale != 1 for scale in scales) and not dropout:
@@ -341,14 +353,14 @@ class Sampler:
             return self.velocity(x, t, context_of(y))
 
         noise = IndexedNoise(SEED, indices)
-        x = noise.draw(self.shape).to(self.device)
+        x = self.noise_scale * noise.draw(self.shape).to(self.device)
         options = dict(null=null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
         if MODE == "ode" and SOLVER == "adaptive":
             latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
         else:
             options.update(steps=STEPS, path=self.settings["PATH"], spacing=SPACING)
-            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", **options) if MODE == "ode" else \
-                sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
+            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **options) \
+                if MODE == "ode" else sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
         return to_bytes(latents, self.vae, self.scale).cpu()
 
     def draw_all(self, indices, shown, **options):
@@ -470,8 +482,8 @@ def main():
     sampler = Sampler(checkpoint, device)
 
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
-    names = ("VAE", "TEXT_ENCODER", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "PROMPTS", "SEED", "MODE", "SOLVER",
-             "STEPS", "TOLERANCE", "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
+    names = ("VAE", "EMA", "TEXT_ENCODER", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "PROMPTS", "SEED", "MODE",
+             "SOLVER", "STEPS", "TOLERANCE", "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
     with open(checkpoint, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):

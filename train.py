@@ -52,6 +52,9 @@ SEED = 0
 MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions
 PATH = "linear"  # interpolant: "linear" or "cosine"
 LABEL_DROPOUT = 0.1  # probability of training on "no label", or the empty caption, for classifier-free guidance
+TIMES = "uniform"  # at which to train; or (mean, std) of a logit-normal: (0.0, 1.0) favours the middle, SD3's
+TIME_SHIFT = 1.0  # s: times t become s t / (1 + (s - 1) t); above 1 nearer to noise
+NOISE_SCALE = 1.0  # standard deviation of the noise; 2.0: JiT's at 512 pixels
 # captions
 TEXT_ENCODER = "openai/clip-vit-large-patch14"  # of transformers: hub name or folder
 TEXT_LENGTH = 77  # tokens of a caption; longer ones are cut, shorter ones padded
@@ -62,6 +65,8 @@ LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) layers, 0
 ALIGN_DEPTH = 8  # blocks before the tokens whose features are aligned; B/2: 5
 FEATURE_WEIGHT = 0.5
 ATTENTION_WEIGHT = 0.5  # 0: REPA
+PROJECTOR = "mlp"  # from the student's tokens to the teacher's: REPA's; or "conv", iREPA's 3 x 3 convolution
+SPATIAL_NORM = 0.0  # iREPA's gamma, 0.6: of the teacher's tokens, that part of their mean over the image is left out
 ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
 TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
 CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
@@ -72,7 +77,8 @@ CONFLICT_BELOW = -0.05  # "conflict" ends phase I when their mean falls below: t
 STEPS = 500_000  # 100 epochs of ImageNet
 BATCH_SIZE = 256  # images per step over all GPUs
 MICRO_BATCHES = 1  # gradient accumulation: parts in which each GPU computes its share of the batch
-LEARNING_RATE = 1e-4  # constant
+LEARNING_RATE = 1e-4  # constant, but for
+WARMUP_STEPS = 0  # in which it rises to that in a line
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0  # largest gradient norm
@@ -94,8 +100,9 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TEXT_ENCODER", "TEXT_LENGTH", "BATCH_SIZE", "TEACHER",
-          "LAYER_PAIRS", "ALIGN_DEPTH", "FEATURE_WEIGHT", "ATTENTION_WEIGHT")
+FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHIFT", "NOISE_SCALE", "TEXT_ENCODER",
+          "TEXT_LENGTH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH", "FEATURE_WEIGHT", "ATTENTION_WEIGHT",
+          "PROJECTOR", "SPATIAL_NORM")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "gradient_cosine",
            "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
 
@@ -147,9 +154,17 @@ def feature_loss(student_tokens, teacher_tokens):
     return -(student * teacher).sum(dim=-1).mean()
 
 
+def normalize_over_tokens(tokens, gamma):
+    """Teacher tokens [B, N, D] less gamma times their mean over each image, by their standard deviation there: what is
+    left says where in the image something is, more than what the image shows (iREPA, arXiv 2512.10794)."""
+    tokens = tokens.float()
+    return (tokens - gamma * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True) + 1e-6)
+
+
 def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
     """(feature, attention) loss; zero where the student hands out nothing to align."""
     zero = torch.zeros((), device=teacher_tokens.device)
+    teacher_tokens = normalize_over_tokens(teacher_tokens, SPATIAL_NORM) if SPATIAL_NORM else teacher_tokens
     return (zero if features is None else feature_loss(features, teacher_tokens),
             attention_loss_of_qk(student_qk, teacher_qk) if student_qk else zero)
 
@@ -216,7 +231,13 @@ def draw_noise(step, shape, rank, world, device, stream=1):
     part = part_of(rank, world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
     uniform = torch.rand(2, BATCH_SIZE, generator=generator, device=device)[:, part]
-    return *normal, *uniform
+    return normal[0], NOISE_SCALE * normal[1], *uniform
+
+
+def spread_times(u):
+    """Times t [B] in 0..1 of uniform draws u, as TIMES and TIME_SHIFT say (SD3, arXiv 2403.03206)."""
+    t = u if TIMES == "uniform" else torch.sigmoid(TIMES[0] + TIMES[1] * torch.special.ndtri(u))
+    return TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
 
 
 def sample_latents(moments, noise, vae_meta):
@@ -282,16 +303,16 @@ def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
         "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER", "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
-        "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS LOG_EVERY CHECKPOINT_EVERY "
-                               "CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
+        "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS WARMUP_STEPS LOG_EVERY "
+                               "CHECKPOINT_EVERY CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
         "whole number from 1": "TEXT_LENGTH ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED "
-                               "PREVIEW_STEPS", "number above 0": "GRAD_CLIP",
-        "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT LEARNING_RATE WEIGHT_DECAY",
+                               "PREVIEW_STEPS", "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE",
+        "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT SPATIAL_NORM LEARNING_RATE WEIGHT_DECAY",
         "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "number from -1 to 1": "CONFLICT_BELOW",
         "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
         "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
         TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"),
-        REDUCE_PRECISION=("float32", "bf16"), RESIDUAL_PRECISION=("float32", "bf16"))
+        REDUCE_PRECISION=("float32", "bf16"), RESIDUAL_PRECISION=("float32", "bf16"), PROJECTOR=("mlp", "conv"))
 
     parts, depth, package = world * MICRO_BATCHES, MODELS[MODEL]["depth"], TRACKER and importlib.util.find_spec(TRACKER)
     pairs_fit = LAYER_PAIRS and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in range(depth)
@@ -302,6 +323,12 @@ def check_settings(world):
             (BATCH_SIZE % parts == 0,
              f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; "
              f"the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}"),
+            (TIMES == "uniform" or isinstance(TIMES, (tuple, list)) and len(TIMES) == 2
+             and all(isinstance(each, (int, float)) for each in TIMES) and TIMES[1] > 0,
+             f"TIMES {TIMES!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0"),
+            ("bottleneck_dim" not in MODELS[MODEL] or TIMES != "uniform" and PATH == "linear",
+             f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to 'linear', and TIMES "
+             f"to JiT's (0.8, 0.8) or another logit-normal"),
             (TRIGGER == "step" or CONFLICT_EVERY,
              "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps"),
             (not ALIGN_STEPS or ALIGN_DEPTH <= depth,
@@ -348,17 +375,23 @@ def open_tracker(run, settings, step):
 
 
 # ----- measurements beside the training step --------------------------------------------------------------------------
+def tokens_per_block(model, captions):
+    """How many tokens pass through each block: the image's, a caption's, JiT's of the class."""
+    always = model.pos_embed.shape[1] + (captions.ids.shape[1] if captions else 0)
+    return [always + model.in_context_len * (i >= model.in_context_start) for i in range(len(model.blocks))]
+
+
 def flops_per_image(model, teacher, captions=None):
     """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
 
     The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
     pass makes two), the frozen networks' once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
     """
-    _, N, D = model.pos_embed.shape
-    words, encoding = (captions.ids.shape[1], captions.cost()[1]) if captions else (0, 0)
-    blocks = [(3 * len(model.blocks), N + words, D)]
+    D, encoding = model.pos_embed.shape[2], captions.cost()[1] if captions else 0
+    blocks = [(3, N, D) for N in tokens_per_block(model, captions)]
     if teacher is not None:
-        blocks.append((len(teacher.network.blocks), N + teacher.network.num_prefix_tokens, teacher.dim))
+        tokens = model.pos_embed.shape[1] + teacher.network.num_prefix_tokens
+        blocks.append((len(teacher.network.blocks), tokens, teacher.dim))
     return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
 
 
@@ -372,9 +405,8 @@ def check_memory(model, teacher, share, shards, precision, device, captions=None
     """
     (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
     kept = 5.5 if ACTIVATION_CHECKPOINTING else 37 if precision == torch.bfloat16 else 80
-    words, table = (captions.ids.shape[1], captions.cost()[0]) if captions else (0, 0)
-    of_an_image = kept * len(model.blocks) * (N + words) * D
-    fixed = weights * (16 / shards + precision.itemsize) + table
+    of_an_image = kept * sum(tokens_per_block(model, captions)) * D
+    fixed = weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)
     if teacher is not None:
         fixed += 4 * sum(p.numel() for p in teacher.parameters())
         heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
@@ -461,7 +493,10 @@ def main():
         raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
     sit, encoder = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
-                        teacher_dim=None), None
+                        teacher_dim=None, projector=PROJECTOR), None
+    if "bottleneck_dim" in sit and data.vae:
+        raise ValueError(f"MODEL {MODEL!r} predicts pixels, and {DATA_DIR} holds latents; prepare it with VAE = None, "
+                         f"or choose a SiT")
     if "context_dim" in sit:
         if data.captions is None:
             raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; prepare images that "
@@ -580,8 +615,9 @@ def main():
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
         posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
-        y = torch.where(drop < LABEL_DROPOUT, null, labels)
+        t, y = spread_times(t), torch.where(drop < LABEL_DROPOUT, null, labels)
 
+        torch.manual_seed(seed_from(SEED, 7, step, rank))  # of a JiT's dropout
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
@@ -603,6 +639,7 @@ def main():
             for p, mine in zip(trained, trained_shards):
                 mine.grad = local(p.grad)
         grad_norm = clip_gradients(trained_shards, group)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / (WARMUP_STEPS + 1))
         bad = (~torch.isfinite(step_losses.sum() + grad_norm)).float()  # the same on all ranks
         optimizer.found_inf = bad  # 1: the fused step changes nothing, decided on the device
         optimizer.step()

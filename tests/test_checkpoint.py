@@ -29,6 +29,23 @@ def test_published_checkpoints_load(tmp_path):
         assert torch.equal(velocity(x, t, y), expected)
 
 
+def test_published_jits_load_with_either_average(tmp_path):
+    """The layout of the JiT release, whose names begin with net. and whose image is 16 x 16 patches."""
+    torch.manual_seed(0)
+    averages = [build("JiT-T/4", patch_size=32, input_size=512, teacher_dim=None).eval() for _ in range(2)]
+    for theirs in averages:
+        torch.nn.init.normal_(theirs.final_layer.linear.weight)
+    saved = dict(epoch=3, args=argparse.Namespace(model="JiT-B/32"), optimizer=dict(state={}), model={})
+    saved |= {f"model_ema{i + 1}": {f"net.{key}": value for key, value in theirs.state_dict().items()}
+              for i, theirs in enumerate(averages)}
+    torch.save(saved, tmp_path / "checkpoint-last.pth")
+    x, t, y = torch.randn(1, 3, 512, 512), torch.rand(1), torch.tensor([1000])
+    for average, theirs in ((None, averages[0]), ("model_ema2", averages[1])):
+        ours, found = load_model(tmp_path / "checkpoint-last.pth", average)
+        assert found["NOISE_SCALE"] == 2 and found["data"]["vae"] is None and ours.in_context_start == 2
+        assert torch.equal(ours(x, t, y)[0], theirs(x, t, y)[0])
+
+
 class Innocent:
     def __reduce__(self):
         return (print, ("code from a checkpoint ran",))

@@ -1,10 +1,10 @@
-"""SiT and MMDiT: reference numbers, published shapes, and that logits exist only where asked for."""
+"""SiT, MMDiT and JiT: reference numbers, published shapes, and that logits exist only where asked for."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MODELS, MMDiT, SiT, attention_logits, build
+from model import MODELS, ConvProjector, JiT, MMDiT, SiT, attention_logits, build
 from teacher import Teacher
 
 
@@ -161,6 +161,88 @@ def test_mmdit_2_has_the_published_keys_and_shapes():
     assert sum(count for key, count in counts.items() if "projectors" not in key) == 505_070_608
 
 
+def reference_jit(golden, in_context=True, **settings):
+    z, state, meta = golden("jit_forward")
+    if not in_context:
+        settings["in_context_len"] = 0
+        state = {key: value for key, value in state.items() if key != "in_context_posemb"}
+    model = JiT(**meta["config"] | dict(teacher_dim=None) | settings).eval()
+    table = model.pos_embed.clone()
+    model.load_state_dict(state)
+    torch.testing.assert_close(table, model.pos_embed)
+    return model, z, meta["tolerance"]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prefix", ["", "off/"])
+def test_jits_forward_equals_the_reference(golden, prefix, compiled):
+    model, z, tolerance = reference_jit(golden, in_context=not prefix)
+    seen, pairs = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.append(output[0][:, -16:]))
+    forward = torch.compile(model) if compiled else model
+    velocity, logits, _ = forward(z["x"], z["t"], z["y"], attn_layers=(2, 0, 1))
+    pairs.append((velocity, z[f"{prefix}velocity"], tolerance["velocity"]))
+    pairs += [(logits[i], z[f"{prefix}logits/{layer}"], tolerance["logits"]) for i, layer in enumerate((2, 0, 1))]
+    pairs += [(tokens, z[f"{prefix}tokens/{i}"], tolerance["tokens"]) for i, tokens in enumerate(() if compiled else seen)]
+    target = (z["x"] - z["image"]) / z["t"].clamp(min=0.05).view(-1, 1, 1, 1)  # noise - image, but below 0.05
+    loss = torch.nn.functional.mse_loss(velocity, target)
+    pairs.append((loss, z[f"{prefix}loss"], tolerance["loss"]))
+    for ours, theirs, allowed in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=allowed, atol=allowed)
+
+
+def test_jits_features_and_queries_are_of_the_images_tokens_alone(golden):
+    """Block 0 is before the class tokens, blocks 1 and 2 are behind: all hand out 16 tokens, and class tokens count."""
+    for depth in (1, 2, 3):
+        model, z, _ = reference_jit(golden)
+        model.align_depth, model.projectors = depth, torch.nn.ModuleList([torch.nn.Identity()])
+        _, qk, features = model(z["x"], z["t"], z["y"], (0, 1, 2), return_features=True, return_qk=True)
+        torch.testing.assert_close(features, z[f"tokens/{depth - 1}"], rtol=1e-4, atol=1e-4)
+        assert [tuple(each.shape) for pair in qk for each in pair] == [(4, 2, 16, 16)] * 6
+    with torch.no_grad():
+        model.in_context_posemb += 1
+        _, moved, _ = model(z["x"], z["t"], z["y"], (0, 1, 2), return_qk=True)
+    assert [torch.equal(a[0], b[0]) for a, b in zip(qk, moved)] == [True, True, False]
+
+
+def test_jits_velocity_is_held_back_near_the_data_and_its_dropout_is_of_the_middle_blocks():
+    torch.manual_seed(0)
+    model = build("JiT-T/4", input_size=8, depth=8, dropout=0.5)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.02, 0.05, 0.5]), torch.arange(4)
+    for own, held, noised in zip(model(x, t, y)[0], (0.05, 0.05, 0.05, 0.5), x):  # a new network predicts a gray image
+        torch.testing.assert_close(own, noised / held)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    assert not torch.equal(model(x, t, y)[0], model(x, t, y)[0])
+    assert torch.equal(model.eval()(x, t, y)[0], model(x, t, y)[0])
+    assert [(block.attn.dropout, block.mlp.dropout) for block in model.blocks] == \
+        [(0, 0)] * 2 + [(0.5, 0.5)] * 4 + [(0, 0)] * 2
+
+
+@pytest.mark.parametrize("name, size, every, trained, of_a_block", [
+    ("JiT-B/16", 256, 131_320_320, 131_123_712, 10_631_040), ("JiT-L/16", 256, 459_139_808, 458_877_664, 18_891_220),
+    ("JiT-H/16", 256, 952_842_048, 952_514_368, 29_513_546), ("JiT-B/32", 512, 133_387_008, 133_190_400, 10_631_040),
+    ("JiT-L/32", 512, 461_796_320, 461_534_176, 18_891_220), ("JiT-H/32", 512, 956_383_296, 956_055_616, 29_513_546)])
+def test_jits_have_as_many_parameters_as_the_published_ones(name, size, every, trained, of_a_block):
+    with torch.device("meta"):
+        model = build(name, input_size=size, teacher_dim=None)
+    assert sum(p.numel() for p in model.parameters()) == every
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert sum(p.numel() for p in model.blocks[-1].parameters()) == of_a_block
+    assert [block.attn.cos.shape[0] for block in model.blocks].index(288) == {"B": 4, "L": 8, "H": 10}[name[4]]
+
+
+def test_the_convolutional_projector_equals_the_reference(golden):
+    z, _, meta = golden("irepa")
+    projector, tolerance = ConvProjector(12, 10), meta["tolerance"]["projected"]
+    projector.load_state_dict({f"projection_layer.{name}": z[f"sd3/{name}"] for name in ("weight", "bias")})
+    torch.testing.assert_close(projector(z["tokens"]), z["projected/3"], rtol=tolerance, atol=tolerance)
+    model = build("SiT-T/4", projector="conv", teacher_dim=10)
+    assert {key for key in model.state_dict() if "proj" in key and "blocks" not in key and "embed" not in key} == \
+        {"projectors.0.projection_layer.weight", "projectors.0.projection_layer.bias"}
+
+
 @pytest.mark.parametrize("network", [build("SiT-T/4", qk_norm=True), build("MMDiT-T/4"),
                                      Teacher("vit_tiny_patch16_224", (), 64, pretrained=False)])
 def test_tokens_and_their_gradients_are_stored_as_they_are_read(network):
@@ -197,9 +279,10 @@ def test_times_and_logits_are_float32_under_autocast():
     assert torch.equal(logits, (q.float() * 32**-0.5) @ k.float().mT)
 
 
-@pytest.mark.parametrize("name, y", [("SiT-T/4", torch.tensor([0, 1])), ("MMDiT-T/4", torch.ones(2, 9, 384))])
+@pytest.mark.parametrize("name, y", [("SiT-T/4", torch.tensor([0, 1])), ("MMDiT-T/4", torch.ones(2, 9, 384)),
+                                     ("JiT-T/4", torch.tensor([0, 1]))])
 def test_tokens_between_blocks_are_bf16_on_request(name, y):
-    model, seen = build(name), []
+    model, seen = build(name, input_size=32, in_channels=4), []
     for block in model.blocks:
         block.register_forward_hook(lambda block, inputs, output: seen.extend(
             each.dtype for each in (*inputs[:-2], *output[:-1])))  # image, and text where there is one

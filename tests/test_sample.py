@@ -15,7 +15,7 @@ from PIL import Image
 
 import sample
 import train
-from model import SiT
+from model import JiT, SiT
 from sample import IndexedNoise, sample_ode, sample_sde, save_grid, to_bytes
 
 CASES = load_golden("samplers")[2]["cases"]
@@ -36,6 +36,18 @@ def test_samplers_equal_the_reference(case):
         assert next(noises, None) is None  # every recorded draw was used
     assert latents.dtype == torch.float64
     torch.testing.assert_close(latents, z[case["key"]], rtol=meta["rtol"], atol=meta["atol"])
+
+
+@pytest.mark.parametrize("case", load_golden("jit_sampler")[2]["cases"].items(), ids=lambda case: case[0])
+def test_jits_sampler_equals_the_reference(case):
+    (key, case), (z, _, meta), (_, state, of_network) = case, load_golden("jit_sampler"), load_golden("jit_forward")
+    model = JiT(**of_network["config"], t_eps=case["t_eps"], teacher_dim=None).eval()
+    model.load_state_dict(state)
+    low, high = case["interval_jit"]
+    images = sample_ode(lambda x, t, y: model(x, t, y)[0], case["noise_scale"] * z["noise"], z["y"], null=7,
+                        steps=case["steps"], heun=case["method"] == "heun", cfg_scale=case["cfg_scale"],
+                        guidance=(1 - high, 1 - low), per_call=True)
+    torch.testing.assert_close(images.float(), z[key], rtol=meta["tolerance"]["all"], atol=meta["tolerance"]["all"])
 
 
 def test_guidance_costs_one_call_a_step_and_only_inside_its_interval():

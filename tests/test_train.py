@@ -68,6 +68,42 @@ def test_losses_equal_the_published_call_at_256_tokens(golden):
     torch.testing.assert_close(loss, z["feature_loss"], **tolerance)
 
 
+def test_ireaps_normalisation_and_losses_equal_the_reference(golden, monkeypatch):
+    z, _, meta = golden("irepa")
+    allowed = meta["tolerance"]
+    for gamma in ("0.6", "0.8", "1.0"):
+        for key, tokens in (("normalised", z["teacher"]), ("normalised_edge", z["edge"])):
+            torch.testing.assert_close(train.normalize_over_tokens(tokens, float(gamma)), z[f"{key}/{gamma}"],
+                                       rtol=allowed["normalised"], atol=allowed["normalised"])
+        monkeypatch.setattr(train, "SPATIAL_NORM", float(gamma))
+        for kernel in (3, 1):
+            feature, attention = train.alignment_losses(z[f"projected/{kernel}"], [], z["teacher"], [])
+            torch.testing.assert_close(feature, z[f"loss/{kernel}/{gamma}"], rtol=allowed["loss"], atol=allowed["loss"])
+    monkeypatch.setattr(train, "SPATIAL_NORM", 0.0)
+    feature, _ = train.alignment_losses(z["projected/3"], [], z["teacher"], [])
+    torch.testing.assert_close(feature, z["loss/3/plain"], rtol=allowed["loss"], atol=allowed["loss"])
+
+
+def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
+    times = json.loads((ROOT / "tests/golden/times.json").read_text())
+    u, many = torch.tensor(times["meta"]["u"]), (torch.arange(200_000) + 0.5) / 200_000
+    for case in times["cases"].values():
+        if "mean" in case:
+            monkeypatch.setattr(train, "TIMES", (case["mean"], case["std"]))
+        else:
+            monkeypatch.setattr(train, "TIMES", "uniform")
+        monkeypatch.setattr(train, "TIME_SHIFT", case["shift"])
+        torch.testing.assert_close(train.spread_times(u), torch.tensor(case["t"]), rtol=0, atol=5e-5)
+        t = train.spread_times(many)
+        assert abs(t.mean().item() - case["expectation"]) < 1e-3
+        assert abs((t < 0.5).float().mean().item() - case["below_0_5"]) < 1e-3
+    monkeypatch.setattr(train, "TIMES", "uniform")
+    monkeypatch.setattr(train, "TIME_SHIFT", 1.0)
+    assert torch.equal(train.spread_times(many), many)
+    monkeypatch.setattr(train, "TIMES", (0.0, 1.0))
+    assert train.spread_times(torch.zeros(1)).item() == 0  # as rand() may draw it
+
+
 def test_losses_refuse_grids_that_do_not_match():
     with pytest.raises(ValueError, match=r"\[1, 2, 9, 9\] and teacher attention \[1, 2, 16, 16\] do not match; run the"):
         attention_loss([torch.zeros(1, 2, 9, 9)], [torch.zeros(1, 2, 16, 16)])
