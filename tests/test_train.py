@@ -716,12 +716,103 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
     (dict(TEACHER="resnet18"), "'resnet18' could not be fetched"),
     (dict(TRACKER="abacus"), "unknown TRACKER 'abacus'"),
     (dict(TRIGGER="conflict"), "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY"),
+    (dict(TIMES="normal"), r"TIMES 'normal': \"uniform\", or \(mean, std\) of a logit-normal, std above 0"),
+    (dict(TIMES=(0.8, 0)), r"TIMES \(0.8, 0\): "), (dict(TIMES=(0.8, 0.8, 1)), "TIMES "), (dict(TIMES=("a", 1)), "TIMES "),
+    (dict(TIME_SHIFT=0), "TIME_SHIFT = 0; allowed: number above 0"),
+    (dict(NOISE_SCALE=-1), "NOISE_SCALE = -1; allowed: number above 0"),
+    (dict(WARMUP_STEPS=0.5), "WARMUP_STEPS = 0.5; allowed: whole number from 0"),
+    (dict(PROJECTOR="linear"), "unknown PROJECTOR 'linear'; choose one of mlp, conv"),
+    (dict(SPATIAL_NORM=True), "SPATIAL_NORM = True; allowed: number from 0"),
+    (dict(MODEL="JiT-T/4"), r"'JiT-T/4' predicts images, .*; set PATH to 'linear', and TIMES to JiT's \(0.8, 0.8\)"),
+    (dict(MODEL="JiT-T/4", TIMES=(0.8, 0.8), PATH="cosine"), "'JiT-T/4' predicts images"),
+    (dict(MODEL="JiT-B/16", TIMES=(0.8, 0.8)), "input_size 28 is no multiple of patch_size 16; choose a model whose"),
 ])
 def test_bad_settings_are_refused_before_the_run_folder_is_touched(small_run, constants, message):
     run = small_run(**constants)
     with pytest.raises(ValueError, match=message):
         train.main()
     assert not run.exists()
+
+
+def test_jit_is_not_trained_on_latents(small_run, data_dir, tmp_path):
+    folder = shutil.copytree(data_dir, tmp_path / "latents")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(dict(meta, vae=dict(name="stabilityai/sd-vae-ft-mse", scale=0.18215))))
+    run = small_run(DATA_DIR=str(folder), MODEL="JiT-T/4", TIMES=(0.8, 0.8))
+    with pytest.raises(ValueError, match="'JiT-T/4' predicts pixels, and .* holds latents; prepare it with VAE = None"):
+        train.main()
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("constant, first, second", [
+    ("PROJECTOR", "mlp", "conv"), ("SPATIAL_NORM", 0.0, 0.6), ("TIMES", "uniform", (0.0, 1.0)), ("TIME_SHIFT", 1.0, 2.0),
+    ("NOISE_SCALE", 1.0, 2.0)])
+def test_a_run_keeps_what_shapes_it(small_run, constant, first, second):
+    """A run of an earlier version, which had none of these settings, is as one with the first value."""
+    run = small_run(STEPS=2, **{constant: first})
+    train.main()
+    progress = run / "checkpoints/step_0000002/progress.json"
+    saved = json.loads(progress.read_text())
+    for remove in (False, True):
+        if remove:
+            del saved["settings"][constant]
+            progress.write_text(json.dumps(saved))
+        small_run(STEPS=3, **{constant: second})
+        with pytest.raises(ValueError, match=f"was made with other settings .*{constant} .*set them back"):
+            train.main()
+    small_run(STEPS=3, **{constant: first})
+    train.main()
+
+
+def test_the_learning_rate_rises_to_its_value(small_run):
+    """AdamW's first steps move each weight by the learning rate, whatever its gradient: by 1/3, 2/3 and 3/3 of it."""
+    moved = []
+    for warmup in (0, 2):
+        run = small_run(RUN_DIR=f"{train.RUN_DIR}{warmup}", WARMUP_STEPS=warmup, BETAS=(0.0, 0.0), ALIGN_STEPS=0, STEPS=4,
+                        CHECKPOINT_EVERY=1, CHECKPOINTS_KEPT=4)
+        train.main()
+        biases = [final_state(run, step)["model"]["final_layer.linear.bias"] for step in range(1, 5)]
+        moved.append([change.abs().median().item() for change in torch.diff(torch.stack(biases), dim=0, prepend=
+                                                                            torch.zeros(1, len(biases[0])))])
+    assert moved[0] == pytest.approx([1e-3] * 4, rel=0.01)
+    assert moved[1] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3], rel=0.01)
+
+
+VARIANT = dict(MODEL="JiT-T/4", TIMES=(0.8, 0.8), TIME_SHIFT=1.5, NOISE_SCALE=2.0, WARMUP_STEPS=5, PROJECTOR="conv",
+               SPATIAL_NORM=0.6, CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=16, PREVIEW_EVERY=12,
+               PREVIEW_GRID=(2, 2), PREVIEW_STEPS=2, MIRROR=True)
+
+
+def test_jit_trains_through_the_switch_and_resumes_bit_exact_after_kills(run_process, tmp_path, monkeypatch):
+    dropout = "from model import MODELS; MODELS['JiT-T/4']['dropout'] = 0.2"
+    for folder, kills in (("whole", ()), ("killed", (3, 9))):
+        for at in kills:
+            assert run_process(tmp_path / folder, signal.SIGKILL, at, extra=dropout, **VARIANT).returncode == -signal.SIGKILL
+        ended = run_process(tmp_path / folder, extra=dropout, **VARIANT)
+        assert ended.returncode == 0 and (tmp_path / folder / "previews/step_0000012.png").exists(), ended.stderr
+    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    log = read_log(tmp_path / "whole")
+    assert all(np.isfinite(float(row["denoising_loss"])) for row in log) and float(log[0]["attention_loss"]) > 1
+
+    for name, value in dict(RUN_DIR=str(tmp_path / "whole"), NUM_SAMPLES=3, STEPS=2, MODE="ode", GRID=None).items():
+        monkeypatch.setattr(sample, name, value)
+    sample.main()
+    with np.load(tmp_path / "whole/samples/samples.npz") as file:
+        assert file["arr_0"].shape == (3, 28, 28, 3)
+    monkeypatch.setattr(sample, "MODE", "sde")
+    with pytest.raises(ValueError, match="MODE 'sde' knows noise of scale 1 alone, .* has 2.0; set it to 'ode'"):
+        sample.main()
+
+
+@pytest.mark.slow
+def test_two_processes_train_jit_alike(run_process, tmp_path):
+    for folder, processes in (("one", None), ("two", 2)):
+        ended = run_process(tmp_path / folder, processes=processes, LOG_EVERY=1, **VARIANT)
+        assert ended.returncode == 0, ended.stderr
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for key in ("denoising_loss", "feature_loss", "attention_loss", "grad_norm"):
+            assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-3), key
+    assert_close_models(final_state(tmp_path / "one")["ema"], final_state(tmp_path / "two")["ema"])
 
 
 def test_whole_floats_and_none_are_taken_as_users_mean_them(small_run, monkeypatch, tmp_path):
