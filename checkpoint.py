@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it, or a published checkpoint, is read back.
+"""What a run leaves on disk, how it, or a published checkpoint, is read back, and what a run costs.
 
     RUN_DIR/checkpoints/step_N/   weights, optimiser and EMA in shards, as torch.distributed.checkpoint writes them;
                                   progress.json; ema.safetensors, the whole EMA with the run's settings in its header
@@ -7,6 +7,7 @@
 A checkpoint's folder bears its name once all is in it; until then it is called step_N.tmp.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import re
 import reprlib
 import shutil
 import sys
+import timeit
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,14 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from model import MODELS, make_network
+from prepare_latents import lock_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
-
-EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)  # of runs that had
-# none of these settings yet
+# what runs were made with before there were these settings
+EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)
 
 
 # ----- a run's checkpoints --------------------------------------------------------------------------------------------
@@ -141,6 +144,58 @@ def damaged(folder, error):
                       f"delete it to resume from the one before, if there is one")
 
 
+# ----- a run's folder and logs ----------------------------------------------------------------------------------------
+def open_run(run, settings, saved, step, columns):
+    """Makes or claims the run's folder, with what is needed to repeat the run; returns the file that holds the claim.
+
+    saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's.
+    """
+    (run / "previews").mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run, "RUN_DIR")
+    if finished(run)[-1:] != [saved] * bool(saved):
+        raise ValueError(f"{run}: another process has just trained on here; give the same command again")
+    for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
+        shutil.rmtree(unfinished)
+    write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+    write_atomically(run / "train.py", lambda path: shutil.copyfile(Path(__file__).with_name("train.py"), path))
+    truncate_log(run / "log.csv", step, columns)
+    return lock
+
+
+def append(path, line):
+    """Adds a line to a log; on a full disk the run goes on without it."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        tqdm.write(f"{path}: {error.strerror}; the run goes on")
+
+
+def truncate_log(path, step, columns):
+    """Starts log.csv, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    kept = [row for row in rows if len(row) == len(columns) and int(row[0]) <= step]
+    write_atomically(path, lambda file: file.write_text("".join(",".join(row) + "\n" for row in (columns, *kept))))
+
+
+def open_tracker(tracker, run, settings, step):
+    """A function (step, values) that reports to "tensorboard", "wandb" or, with None, nobody."""
+    if tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run, purge_step=step + 1)  # later ones, which a killed run wrote, are written again
+        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+    if tracker == "wandb":
+        import wandb
+        place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
+        try:
+            there = wandb.init(project="nanohaste", name=run.name, id=place, dir=run, config=settings, resume="allow")
+            done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
+        except Exception as error:  # of its own kinds, which are not ours to import
+            raise ValueError(f"TRACKER 'wandb': {error}; mend that, or set it to None") from error
+        return lambda step, values: wandb.log(values, step=step) if step >= done else None
+    return lambda step, values: None
+
+
 # ----- models to sample from: ours and published ones -----------------------------------------------------------------
 def published_settings(state):
     """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
@@ -212,3 +267,72 @@ def load_model(path, average=None):
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
                          f"set CHECKPOINT to another") from error
     return model.eval().requires_grad_(False), settings
+
+
+# ----- what a run costs -----------------------------------------------------------------------------------------------
+def tokens_per_block(model, captions):
+    """How many tokens pass through each block: the image's, a caption's, JiT's of the class."""
+    always = model.pos_embed.shape[1] + (captions.ids.shape[1] if captions else 0)
+    return [always + model.in_context_len * (i >= model.in_context_start) for i in range(len(model.blocks))]
+
+
+def flops_per_image(model, teacher, captions=None):
+    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
+
+    The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
+    pass makes two), the frozen networks' once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
+    """
+    D, encoding = model.pos_embed.shape[2], captions.cost()[1] if captions else 0
+    blocks = [(3, N, D) for N in tokens_per_block(model, captions)]
+    if teacher is not None:
+        tokens = model.pos_embed.shape[1] + teacher.network.num_prefix_tokens
+        blocks.append((len(teacher.network.blocks), tokens, teacher.dim))
+    return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
+
+
+def check_memory(model, teacher, captions, share, parts, shards, precision, device):
+    """Bytes that a process needs at most for its share of a batch in `parts` micro-batches, estimated: PyTorch
+    allocated 0.99 to 1.09 of them.
+
+    Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
+    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens; in phase
+    I both attentions, two layers of the projector and the features too.
+    Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
+    """
+    (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
+    kept = 5.5 if model.activation_checkpointing else 37 if precision == torch.bfloat16 else 80
+    of_an_image = kept * sum(tokens_per_block(model, captions)) * D
+    fixed = weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)
+    if teacher is not None:
+        fixed += 4 * sum(p.numel() for p in teacher.parameters())
+        heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
+        pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
+        of_an_image += 8 * pairs * heads * rows * N + (model.projectors is not None) * N * (16 * 2048 + 20 * teacher.dim)
+    needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info()
+        free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours
+        if needed(parts) > free:
+            fitting = [more for more in range(1, share + 1) if share % more == 0 and needed(more) < free]
+            raise ValueError(f"MICRO_BATCHES {parts}: about {needed(parts) / 2**30:.0f} GiB needed, "
+                             f"{free / 2**30:.0f} free on this GPU; set it to {fitting[0] if fitting else share}"
+                             + ("" if fitting else " and ACTIVATION_CHECKPOINTING to True"))
+    return needed(parts)
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product in this process, the best of ten."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
+    return 2 * n**3 / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=10))  # item() waits for it
+
+
+def peak_gib(device):
+    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; NaN on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

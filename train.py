@@ -9,15 +9,11 @@ The constants below are the paper's ImageNet 256x256 run. The same command again
 """
 
 import gc
-import hashlib
 import importlib.util
-import json
 import os
-import shutil
 import signal
 import sys
 import time
-import timeit
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -35,8 +31,8 @@ from tqdm import tqdm
 
 import checkpoint
 from model import MODELS, attention_logits, interpolate, make_network
-from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, lock_folder,
-                             open_loader, PreparedDataset, run_script, start_processes, write_atomically)
+from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, open_loader,
+                             PreparedDataset, run_script, start_processes)
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from text import CaptionTable, TextEncoder
@@ -298,7 +294,7 @@ def clip_gradients(shards, group):
     return norm
 
 
-# ----- settings and logs ----------------------------------------------------------------------------------------------
+# ----- settings, and a measurement beside the training step -----------------------------------------------------------
 def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
@@ -338,108 +334,6 @@ def check_settings(world):
              f"ATTENTION_WEIGHT to 0 for none")):
         if not good:
             raise ValueError(message)
-
-
-def append(path, line):
-    """Adds a line to a log; on a full disk the run goes on without it."""
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        tqdm.write(f"{path}: {error.strerror}; the run goes on")
-
-
-def truncate_log(path, step):
-    """Starts log.csv, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= step]
-    write_atomically(path, lambda file: file.write_text("".join(",".join(row) + "\n" for row in (COLUMNS, *kept))))
-
-
-def open_tracker(run, settings, step):
-    """A function (step, values) that reports to TRACKER."""
-    if TRACKER == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(run, purge_step=step + 1)  # later ones, which a killed run wrote, are written again
-        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
-    if TRACKER == "wandb":
-        import wandb
-        place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
-        try:
-            there = wandb.init(project="nanohaste", name=run.name, id=place, dir=run, config=settings, resume="allow")
-            done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
-        except Exception as error:  # of its own kinds, which are not ours to import
-            raise ValueError(f"TRACKER 'wandb': {error}; mend that, or set it to None") from error
-        return lambda step, values: wandb.log(values, step=step) if step >= done else None
-    return lambda step, values: None
-
-
-# ----- measurements beside the training step --------------------------------------------------------------------------
-def tokens_per_block(model, captions):
-    """How many tokens pass through each block: the image's, a caption's, JiT's of the class."""
-    always = model.pos_embed.shape[1] + (captions.ids.shape[1] if captions else 0)
-    return [always + model.in_context_len * (i >= model.in_context_start) for i in range(len(model.blocks))]
-
-
-def flops_per_image(model, teacher, captions=None):
-    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
-
-    The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
-    pass makes two), the frozen networks' once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
-    """
-    D, encoding = model.pos_embed.shape[2], captions.cost()[1] if captions else 0
-    blocks = [(3, N, D) for N in tokens_per_block(model, captions)]
-    if teacher is not None:
-        tokens = model.pos_embed.shape[1] + teacher.network.num_prefix_tokens
-        blocks.append((len(teacher.network.blocks), tokens, teacher.dim))
-    return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
-
-
-def check_memory(model, teacher, share, shards, precision, device, captions=None):
-    """Bytes that a process needs at most for its share of a batch, estimated: PyTorch allocated 0.99 to 1.09 of them.
-
-    Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
-    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens; in phase
-    I both attentions, two layers of the projector and the features too.
-    Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
-    """
-    (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
-    kept = 5.5 if ACTIVATION_CHECKPOINTING else 37 if precision == torch.bfloat16 else 80
-    of_an_image = kept * sum(tokens_per_block(model, captions)) * D
-    fixed = weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)
-    if teacher is not None:
-        fixed += 4 * sum(p.numel() for p in teacher.parameters())
-        heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
-        pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
-        of_an_image += 8 * pairs * heads * rows * N + bool(FEATURE_WEIGHT) * N * (16 * 2048 + 20 * teacher.dim)
-    needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours
-        if needed(MICRO_BATCHES) > free:
-            fitting = [parts for parts in range(1, share + 1) if share % parts == 0 and needed(parts) < free]
-            raise ValueError(f"MICRO_BATCHES {MICRO_BATCHES}: about {needed(MICRO_BATCHES) / 2**30:.0f} GiB needed, "
-                             f"{free / 2**30:.0f} free on this GPU; set it to {fitting[0] if fitting else share}"
-                             + ("" if fitting else " and ACTIVATION_CHECKPOINTING to True"))
-    return needed(MICRO_BATCHES)
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of a large matrix product in this process, the best of ten."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
-    return 2 * n**3 / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=10))  # item() waits for it
-
-
-def peak_gib(device):
-    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; NaN on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
@@ -529,7 +423,7 @@ def main():
     model = make_network(dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     model.bf16_tokens = RESIDUAL_PRECISION == "bf16" and precision == torch.bfloat16
-    flops = flops_per_image(model, teacher, captions)
+    flops = checkpoint.flops_per_image(model, teacher, captions)
     if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
@@ -549,33 +443,25 @@ def main():
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
-    # run folder: what is needed to repeat the run
     if rank == 0:
-        (run / "previews").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run, "RUN_DIR")  # noqa: F841 - held until main() ends
-        if checkpoint.finished(run)[-1:] != [saved] * bool(saved):
-            raise ValueError(f"{run}: another process has just trained on here; give the same command again")
-        for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
-            shutil.rmtree(unfinished)
-        write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-        write_atomically(run / "train.py", lambda path: shutil.copyfile(__file__, path))
-        truncate_log(run / "log.csv", step)
+        lock = checkpoint.open_run(run, settings, saved, step, COLUMNS)  # noqa: F841 - held until main() ends
     if world > 1:
         dist.barrier()
     if not (run / "settings.json").exists():
         raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
                          f"nodes share")
-    track = open_tracker(run, settings, step) if rank == 0 else None
+    track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
         if rank == 0:
             tqdm.write(text)
-            append(run / "log.txt", text)
+            checkpoint.append(run / "log.txt", text)
 
     # what the run will cost
     micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
-    memory = check_memory(model, teacher, BATCH_SIZE // world, shards, precision, device, captions) / 2**30
-    peak_rate = world * matrix_rate(device, precision)
+    memory = checkpoint.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision,
+                                     device) / 2**30
+    peak_rate = world * checkpoint.matrix_rate(device, precision)
     hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
     heads, N, D = model.num_heads, *model.pos_embed.shape[1:]
     q = torch.empty(1, heads, N, D // heads, dtype=precision, device=device)
@@ -600,7 +486,7 @@ def main():
             trained = [p for p in model.parameters() if p.requires_grad]
             while len(trained_shards) > len(trained):  # the projector's are the last
                 del optimizer.state[trained_shards.pop()]
-            flops = flops_per_image(model, teacher, captions)
+            flops = checkpoint.flops_per_image(model, teacher, captions)
             data = PreparedDataset(DATA_DIR, with_images=False)
             batches = open_batches(data, range(step, STEPS), rank, world, device)
             gc.unfreeze()
@@ -657,7 +543,7 @@ def main():
 
         bar.update()
         if step == first_step + 1:
-            log(f"step {step:,}: {peak_gib(device):.3g} GiB used at most")
+            log(f"step {step:,}: {checkpoint.peak_gib(device):.3g} GiB used at most")
         if aligning and CONFLICT_EVERY and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
             cosine = gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast)
@@ -674,9 +560,9 @@ def main():
             mfu = images_per_s * flops / peak_rate
             denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
             row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
-                   seconds * 1000, mfu, peak_gib(device))
+                   seconds * 1000, mfu, checkpoint.peak_gib(device))
             if rank == 0:
-                append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
+                checkpoint.append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
                 track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
             bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
                                 f"{images_per_s:.0f} img/s, {mfu:.0%} MFU")

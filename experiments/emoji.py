@@ -28,23 +28,27 @@ from teacher import load_network, preprocess
 OUT = "out/emoji"
 RESULTS = compare.HERE / "emoji.csv"
 SEEDS = (0, 1, 2)
-STEPS = (750, 1500)  # at which samples are judged; the last ends the runs
+STEPS = (750, 1500, 3000)  # at which samples are judged; the last ends the runs
 RUNS = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "aligned": dict(KEEP_EVERY=750)}
-STOPS = (750,)
+STOPS = (750, 1500)
 STUDENT = {}  # what differs from MMDiT-T/4
-SEEN = 320  # captions of training pictures that are drawn and judged, evenly spaced; of the held-out ones all
+SEEN = 192  # captions of training pictures that are drawn and judged, evenly spaced
+NEW = 3  # samples of each held-out caption
 COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "seen_group", "seen_style", "seen_tone",
            "new_style_group", "new_style_style", "new_tone_group", "new_tone_style", "new_tone_tone", "denoising_loss",
            "gradient_cosine", "conflict_step")
-PROMPTS = ("red apple, flat drawing", "green apple, 3d drawing", "cat with wry smile, shaded drawing",
-           "ambulance, 3d drawing", "sunflower, flat drawing", "pizza, shaded drawing")
+PROMPTS = (  # the second half are combinations that no training picture has
+    "red heart, flat drawing", "lion, 3d drawing", "sunflower, shaded drawing", "watermelon, flat drawing",
+    "hushed face, 3d drawing", "OK hand with dark skin tone, shaded drawing", "orange heart, 3d drawing",
+    "tulip, flat drawing", "bell pepper, shaded drawing", "cherries, 3d drawing",
+    "girl with medium-light skin tone, 3d drawing", "man with dark skin tone, flat drawing")
 FIGURE = "data/emoji.png"  # a sheet of samples for PROMPTS, a prompt a row
 
 
 def chosen():
     """[(prepared folder, which of its pictures serve to judge)] of those seen in training and of the held-out ones."""
     seen, new = (PreparedDataset(f"{emoji_data.OUT}/prepared/{tree}") for tree in ("images", "held_out"))
-    return [(seen, np.arange(SEEN) * len(seen) // SEEN), (new, np.arange(len(new)))]
+    return [(seen, np.arange(SEEN) * len(seen) // SEEN), (new, np.repeat(np.arange(len(new)), NEW))]
 
 
 def prompts():
@@ -63,8 +67,9 @@ def settings(folder, seed, changes):
     train.MODEL, train.TEACHER = "student", emoji_data.WEIGHTS.format("teacher")
     train.TEXT_ENCODER, train.TEXT_LENGTH = f"{emoji_data.OUT}/text_encoder", 16
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
-    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 64  # aligned to the end
-    train.LEARNING_RATE, train.BETAS, train.EMA_DECAY, train.COMPILE = 1e-3, (0.9, 0.99), 0.995, False
+    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 16  # aligned to the end
+    train.LEARNING_RATE, train.WARMUP_STEPS, train.BETAS, train.EMA_DECAY = 1e-3, 100, (0.9, 0.99), 0.997
+    train.TIMES, train.COMPILE = (0.4, 1.0), False
     steps = STEPS[0]
     train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = steps, steps, 1, 0
     train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, steps, steps, 256
@@ -72,7 +77,7 @@ def settings(folder, seed, changes):
         setattr(train, name, value)
     sample.RUN_DIR, sample.PROMPTS, sample.BATCH_SIZE = str(folder), prompts()[0], 100
     sample.NUM_SAMPLES, sample.CLASS_SAMPLING, sample.GRID = len(sample.PROMPTS), "balanced", (20, 1)
-    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 15, 3.0, (0.0, 1.0)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 15, 2.0, (0.0, 1.0)
 
 
 def judge(samples, out):
@@ -114,7 +119,7 @@ def write_real(out):
 
 def draw_sheet():
     """FIGURE, by HASTE of the first seed."""
-    settings(f"{OUT}/stopped at {STOPS[0]}/{SEEDS[0]}", SEEDS[0], {})
+    settings(f"{OUT}/stopped at {STOPS[-1]}/{SEEDS[0]}", SEEDS[0], {})
     sample.OUT, sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = f"{OUT}/sheet", 0, list(PROMPTS), (len(PROMPTS), 8)
     sample.CHECKPOINT = None
     sample.main()

@@ -4,8 +4,9 @@
 
 Fetches the packages, draws the pictures over white and writes OUT/images/<class>/<name>.png with <name>.txt beside it,
 one caption a line; a class is a group, a style and a skin tone: food-drink_3d_none. Combinations of a concept and a
-style, or of a concept and a tone, that images/ never has together are in OUT/held_out, in the same form. Trains the
-teacher on images/ and the judge on nine tenths of both, unless they lie in WEIGHTS.
+style, or of a concept and a tone, that images/ never has together are in OUT/held_out, in the same form. Both have the
+LEARNED concepts alone; networks see more: the teacher is trained on all concepts' pictures but what is held out of
+them, the judge on nine tenths of all, unless they lie in WEIGHTS.
 
 Pictures: Noto Emoji ("shaded"; Google, Apache 2.0), Twemoji ("flat"; copyright Twitter, Inc and other contributors,
 CC BY 4.0: name them where you show what comes of it), Fluent Emoji ("3d"; Microsoft, MIT). Names: the package emoji
@@ -49,8 +50,9 @@ GROUPS = {  # emoji.json's category, and of which subcategories; no flags: those
 }
 TONED = ["people-body"]  # groups of which only concepts with the five skin tones are taken: 18 pictures each, others 3
 AT_MOST = {"people-body": 40}  # concepts of a group, drawn by SEED
-STYLE_EVERY = 10  # of so many concepts without tones, one has its picture in one style held out
-TONE_EVERY = 2  # of so many concepts with tones, one has one tone held out, in all styles
+LEARNED = {"smileys-emotion": 40, "animals-nature": 50, "food-drink": 50, "people-body": 8}  # the first so many of them
+STYLE_EVERY = 5  # of so many concepts without tones, one has its picture in one style held out
+TONE_EVERY = 1  # of so many concepts with tones, one has one tone held out, in all styles
 JUDGE_EVERY = 10  # of so many pictures, one is kept from the judge to test it
 PIXELS = 64  # edge of the pictures; prepared at IMAGE_SIZE
 IMAGE_SIZE = 32
@@ -74,11 +76,11 @@ STYLES = {"shaded": (GOOGLE, "package/img/google/64/"), "flat": (TWITTER, "packa
 TONES = {"light": "1F3FB", "medium-light": "1F3FC", "medium": "1F3FD", "medium-dark": "1F3FE", "dark": "1F3FF"}
 SWAPPED = {"medium-light": "medium", "medium": "medium-light"}  # in the Fluent package each has the other's name
 CAPTIONS = ("{name}, {style} drawing", "{style} picture of {name}", "{name} in {style} style")
-TREES = ("images", "held_out", "judge_train", "judge_test")
+TREES = ("images", "held_out", "teacher", "judge_train", "judge_test")
 LABELS = ("group", "style", "tone")  # the parts of a class' name
 
 NETWORKS = {  # prepared folders to train and to test on, and train_network's constants
-    "teacher": ("images", "held_out", dict(
+    "teacher": ("teacher", "held_out", dict(
         EPOCHS=20, LEARNING_RATE=2e-3, SHIFT=0, EMA_DECAY=0.0, MIRROR=False, SEED=0,
         ARCHITECTURE="vit_tiny_patch16_224",
         ARCHITECTURE_SETTINGS=dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, class_token=False,
@@ -141,7 +143,8 @@ def write_text_encoder():
 
 
 def choose_concepts(emoji, drawn):
-    """[(group, concept of emoji.json, what of it is held out: a style, a tone or None)], in an order drawn by SEED.
+    """[(group, concept of emoji.json, what of it is held out: a style, a tone or None, whether it is one of LEARNED)],
+    in an order drawn by SEED.
 
     emoji: emoji.json; drawn: the code points that all styles have.
     """
@@ -154,8 +157,8 @@ def choose_concepts(emoji, drawn):
                     and drawn.issuperset(code_points(concept, tone) for tone in tones_of(concept))]
         random.Random(f"{SEED} {group}").shuffle(concepts)
         every, parts = (TONE_EVERY, list(TONES)) if toned else (STYLE_EVERY, list(STYLES))
-        chosen += [(group, concept, parts[number // every % len(parts)] if number % every == 0 else None)
-                   for number, concept in enumerate(concepts[: AT_MOST.get(group)])]
+        chosen += [(group, concept, parts[number // every % len(parts)] if number % every == 0 else None,
+                    number < LEARNED.get(group, 0)) for number, concept in enumerate(concepts[: AT_MOST.get(group)])]
     return chosen
 
 
@@ -179,11 +182,11 @@ def draw(content):
 
 
 def write_trees():
-    """OUT/images and held_out, with captions; judge_train and judge_test, all these pictures again without captions."""
+    """OUT/images and held_out, with captions; for the networks teacher, and judge_train and judge_test."""
     done, trees = Path(OUT, "selection.json"), [Path(OUT, tree) for tree in TREES]
     selection = json.dumps({name: globals()[name] for name in (
-        "SEED", "GROUPS", "TONED", "AT_MOST", "STYLE_EVERY", "TONE_EVERY", "JUDGE_EVERY", "PIXELS", "PACKAGES",
-        "CAPTIONS")}, indent=1)
+        "SEED", "GROUPS", "TONED", "AT_MOST", "LEARNED", "STYLE_EVERY", "TONE_EVERY", "JUDGE_EVERY", "PIXELS",
+        "PACKAGES", "CAPTIONS")}, indent=1)
     if done.exists():
         if done.read_text() != selection:
             raise ValueError(f"{OUT}: holds another selection of pictures; delete all in it but packages/, or choose "
@@ -202,7 +205,7 @@ def write_trees():
                 for tone in ("none", *TONES) if group in TONED else ("none",):
                     (tree / f"{group}_{style}_{tone}").mkdir(parents=True)
     drawer = random.Random(SEED)
-    for group, concept, held_out in concepts:
+    for group, concept, held_out, learned in concepts:
         name = names["".join(chr(int(code, 16)) for code in concept["unified"].split("-"))]["en"]
         name = name.strip(":").replace("_", " ")
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
@@ -211,15 +214,17 @@ def write_trees():
             for tone in tones_of(concept):
                 called = SWAPPED.get(tone, tone) if style == "3d" else tone
                 content = draw(pictures[style][code_points(concept, called)])
-                place = f"{group}_{style}_{tone}/{file}"
-                tree, judges = trees[held_out in (style, tone)], trees[2 + (drawer.randrange(JUDGE_EVERY) == 0)]
-                if (tree / f"{place}.png").exists():
+                held, place = held_out in (style, tone), f"{group}_{style}_{tone}/{file}"
+                judges = "judge_test" if drawer.randrange(JUDGE_EVERY) == 0 else "judge_train"
+                if any((tree / f"{place}.png").exists() for tree in trees):
                     raise ValueError(f"{place}: two concepts of the name {name!r}; leave one out of GROUPS")
-                (tree / f"{place}.png").write_bytes(content)
-                (judges / f"{place}.png").write_bytes(content)
-                phrase = name if tone == "none" else f"{name} with {tone} skin tone"
-                lines = [caption.format(name=phrase, style=style) + "\n" for caption in CAPTIONS]
-                (tree / f"{place}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+                captioned = "held_out" if held else "images"
+                for tree in (judges, *["teacher"] * (not held), *[captioned] * learned):
+                    Path(OUT, tree, f"{place}.png").write_bytes(content)
+                if learned:
+                    phrase = name if tone == "none" else f"{name} with {tone} skin tone"
+                    lines = [caption.format(name=phrase, style=style) + "\n" for caption in CAPTIONS]
+                    Path(OUT, captioned, f"{place}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
     write_atomically(done, lambda path: path.write_text(selection))
 
 

@@ -7,7 +7,7 @@
     PYTHONPATH=. python tests/bench.py checkpoint     # how long training waits for one; also under torchrun
 
 The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
-MFU (train.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
+MFU (checkpoint.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
 The second measures the same of an MMDiT, on a CPU of fewer blocks, and then steps of the full size with and without a text
@@ -46,11 +46,11 @@ import checkpoint
 import fid
 import prepare_latents
 import train
+from checkpoint import flops_per_image, matrix_rate
 from model import MODELS, build
 from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 from text import CaptionTable, TextEncoder
-from train import flops_per_image, matrix_rate
 from vae import AutoencoderKL
 
 CUDA = torch.cuda.is_available()
@@ -64,7 +64,7 @@ WARMUP = 5 if CUDA else 1  # rounds that do not count
 COMPILE = CUDA
 TEXT_BATCH_SIZE = 64 if CUDA else 2
 KINDS = ("plain", "phase I", "phase II")
-TABLE = SimpleNamespace(ids=torch.empty(1, 77), cost=lambda: (0, 0))  # of captions, for train.flops_per_image
+TABLE = SimpleNamespace(ids=torch.empty(1, 77), cost=lambda: (0, 0))  # of captions, for flops_per_image
 
 
 def step_of(model, teacher, align, y, context_of):

@@ -88,7 +88,7 @@ def packages(tmp_path, monkeypatch):
     hashes = {package: (name, hashlib.sha256((folder / name).read_bytes()).hexdigest())
               for package, (name, _) in emoji_data.PACKAGES.items()}
     set_constants(monkeypatch, emoji_data, FROM=str(folder), OUT=str(tmp_path / "emoji"), PACKAGES=hashes,
-                  STYLE_EVERY=2)
+                  STYLE_EVERY=2, TONE_EVERY=2, LEARNED={"food-drink": 4, "people-body": 3})
     return folder
 
 
@@ -101,20 +101,19 @@ def test_trees_and_captions(packages, tmp_path):
     emoji_data.write_trees()
     written = read(tmp_path / "emoji")
     pictures = {name for name in written if name.endswith(".png")}
-    seen = {name for name in pictures if name.startswith(("images/", "held_out/"))}
-    assert len(seen) == 5 * 3 + 4 * 3 * 6  # neither clock nor flag
-    assert {name.removesuffix(".png") for name in seen} == {name.removesuffix(".txt") for name in written
-                                                            if name.endswith(".txt")}
-    everything = {name.split("/", 1)[1] for name in seen}
-    assert len(everything) == len(seen)  # a picture is in one of the two
-    judged = {name.split("/", 1)[1] for name in pictures - seen}
-    assert judged == everything and len(pictures) == 2 * len(seen)
-    folders = [{folder.name for folder in (tmp_path / "emoji" / tree).iterdir()}
-               for tree in ("images", "held_out", "judge_train", "judge_test")]
+    of_tree = {tree: {name.split("/", 1)[1] for name in pictures if name.startswith(f"{tree}/")}
+               for tree in emoji_data.TREES}
+    seen, held_out, teachers, *judges = of_tree.values()
+    assert {f"{tree}/{name}".removesuffix(".png") for tree in ("images", "held_out") for name in of_tree[tree]} == \
+        {name.removesuffix(".txt") for name in written if name.endswith(".txt")}
+    assert len(seen | held_out) == len(seen) + len(held_out) == 4 * 3 + 3 * 3 * 6  # the learned ones, in one of the two
+    assert len(judges[0] | judges[1]) == len(judges[0]) + len(judges[1]) == 5 * 3 + 4 * 3 * 6  # neither clock nor flag
+    assert seen < teachers < judges[0] | judges[1] and not teachers & held_out
+    folders = [{folder.name for folder in (tmp_path / "emoji" / tree).iterdir()} for tree in emoji_data.TREES]
     assert all(each == folders[0] for each in folders) and len(folders[0]) == 6 * 3 + 3 * 6
 
     def of(place):
-        return next(written[f"{tree}/{place}"] for tree in ("images", "held_out") if f"{tree}/{place}" in written)
+        return next(written[f"{tree}/{place}"] for tree in emoji_data.TREES if f"{tree}/{place}" in written)
 
     assert of("food-drink_flat_none/pinata.txt").decode() == \
         "piñata, flat drawing\nflat picture of piñata\npiñata in flat style\n"
@@ -135,7 +134,7 @@ def test_held_out_combinations_are_never_seen_but_their_parts_are(packages):
                 for caption, name in emoji_data.captions(tree)]
 
     seen, held_out = combinations("images"), combinations("held_out")
-    assert len(held_out) == 3 + 2 * 3  # three foods in one style each, two hands in one tone each and all styles
+    assert len(held_out) == 2 + 2 * 3  # two foods in one style each, two hands in one tone each and all styles
     for concept, style, tone in held_out:
         others = [each for each in seen if each[0] == concept]
         assert others and any(each[1:] == (style, tone) for each in seen)
@@ -201,7 +200,7 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     write_words(encoder, 9, 12, pad="w0")
     set_constants(monkeypatch, emoji_data, OUT="data/emoji")
     monkeypatch.setattr(emoji_data, "write_text_encoder", lambda: None)  # those in the small packages are no networks
-    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, RESULTS=tmp_path / "emoji.csv",
+    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, NEW=2, RESULTS=tmp_path / "emoji.csv",
                   STUDENT=dict(depth=4, hidden_size=24, num_heads=2),
                   RUNS={"plain": dict(ALIGN_STEPS=0), "aligned": dict(KEEP_EVERY=1, CHECKPOINT_EVERY=1)})
     set_constants(monkeypatch, compare, PROCESSES=1)
@@ -215,8 +214,8 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     assert {**rows[5], "run": "aligned"} == rows[3] and rows[6]["denoising_loss"] != rows[4]["denoising_loss"]
     assert Image.open(emoji.FIGURE).size == (8 * 32, len(emoji.PROMPTS) * 32)
     prompts = (tmp_path / "out/emoji/plain/3/samples_3/prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert prompts == emoji.prompts()[0] and len(prompts) == 8 + 9
-    assert (emoji.prompts()[2] == ["seen"] * 8 + ["new_style"] * 3 + ["new_tone"] * 6).all()
+    assert prompts == emoji.prompts()[0] and len(prompts) == 8 + 2 * (2 + 6)
+    assert (emoji.prompts()[2] == ["seen"] * 8 + ["new_style"] * 2 * 2 + ["new_tone"] * 2 * 6).all()
 
     monkeypatch.setattr(compare, "run_in_process", None)
     emoji.main()

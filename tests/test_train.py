@@ -493,7 +493,7 @@ def test_no_object_is_left_behind_by_a_step(run_process, tmp_path):
 def test_memory_that_a_gpu_lacks_is_refused_with_what_fits(monkeypatch):
     with torch.device("meta"):
         model = build("SiT-XL/2", teacher_dim=None)
-    check = partial(train.check_memory, model, None, 256, 1, torch.bfloat16)
+    check = partial(checkpoint.check_memory, model, None, None, 256, 1, 1, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10 * 2**30)
     for free, message in ((80, "MICRO_BATCHES 1: about 84 GiB needed, 80 free on this GPU; set it to 2$"),
                           (24, "set it to 8$"), (12, "set it to 256 and ACTIVATION_CHECKPOINTING to True$")):

@@ -1,0 +1,23 @@
+"""emoji.py in a reduced form: the first half of its first seed, whose distances it sets beside the committed ones.
+
+    pip install -r requirements-text.txt
+    PYTHONPATH=. python experiments/emoji_small.py
+"""
+
+import compare
+import draw
+import emoji
+from compare_small import beside
+from prepare_latents import run_script
+
+
+def main():
+    emoji.OUT, emoji.RESULTS, emoji.FIGURE = "out/emoji_small", "out/emoji_small/results.csv", "out/emoji_small/emoji.png"
+    emoji.SEEDS, emoji.STEPS, emoji.STOPS = (0,), (750, 1500), (750,)
+    del emoji.RUNS["features"]
+    emoji.main()
+    beside(draw.read(emoji.RESULTS)[0], draw.read(compare.HERE / "emoji.csv")[0])
+
+
+if __name__ == "__main__":
+    run_script(main)
