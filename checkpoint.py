@@ -145,20 +145,28 @@ def damaged(folder, error):
 
 
 # ----- a run's folder and logs ----------------------------------------------------------------------------------------
-def open_run(run, settings, saved, step, columns):
-    """Makes or claims the run's folder, with what is needed to repeat the run; returns the file that holds the claim.
+def open_run(run, settings, saved, step, columns, rank):
+    """Makes or claims the run's folder, with what is needed to repeat the run. Returns the file that holds the claim, on
+    rank 0; every process takes part.
 
     saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's.
     """
-    (run / "previews").mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(run, "RUN_DIR")
-    if finished(run)[-1:] != [saved] * bool(saved):
-        raise ValueError(f"{run}: another process has just trained on here; give the same command again")
-    for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
-        shutil.rmtree(unfinished)
-    write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-    write_atomically(run / "train.py", lambda path: shutil.copyfile(Path(__file__).with_name("train.py"), path))
-    truncate_log(run / "log.csv", step, columns)
+    lock = None
+    if rank == 0:
+        (run / "previews").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run, "RUN_DIR")
+        if finished(run)[-1:] != [saved] * bool(saved):
+            raise ValueError(f"{run}: another process has just trained on here; give the same command again")
+        for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
+            shutil.rmtree(unfinished)
+        write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+        write_atomically(run / "train.py", lambda path: shutil.copyfile(Path(__file__).with_name("train.py"), path))
+        truncate_log(run / "log.csv", step, columns)
+    if dist.is_initialized():
+        dist.barrier()
+    if not (run / "settings.json").exists():
+        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
+                         f"nodes share")
     return lock
 
 

@@ -288,8 +288,6 @@ class DiffusionTransformer(nn.Module):
     teacher_dim: width of the projector's output; None builds no projector. projector: "mlp" (REPA) or "conv" (iREPA).
     """
 
-    in_context_len = in_context_start = 0  # JiT's own
-
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim):
         super().__init__()
         if input_size % patch_size:
@@ -302,6 +300,7 @@ class DiffusionTransformer(nn.Module):
         self.input_size, self.patch_size, self.grid = input_size, patch_size, input_size // patch_size
         self.in_channels, self.num_heads = in_channels, num_heads
         self.align_depth, self.teacher_dim = align_depth, teacher_dim
+        self.in_context_len = self.in_context_start = 0  # JiT's own
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
         self.bf16_tokens = False  # True, under autocast: blocks add to tokens in bf16, which halves what they move
 

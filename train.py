@@ -443,13 +443,7 @@ def main():
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
-    if rank == 0:
-        lock = checkpoint.open_run(run, settings, saved, step, COLUMNS)  # noqa: F841 - held until main() ends
-    if world > 1:
-        dist.barrier()
-    if not (run / "settings.json").exists():
-        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
-                         f"nodes share")
+    lock = checkpoint.open_run(run, settings, saved, step, COLUMNS, rank)  # noqa: F841 - held until main() ends
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
