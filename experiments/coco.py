@@ -44,12 +44,16 @@ def prepare():
         prepare_latents.main()
 
 
-def main():
-    parts = dict(prepare=prepare, train=train.main, sample=sample.main, fid=fid.main)
+def run_part(settings, **parts):
+    """Sets an experiment's constants and runs the part of it that the command names."""
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         raise ValueError(f"say which part to run: {', '.join(parts)}")
     settings()
     parts[sys.argv[1]]()
+
+
+def main():
+    run_part(settings, prepare=prepare, train=train.main, sample=sample.main, fid=fid.main)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,14 @@ def judge(samples, out):
 SETTINGS, JUDGE, FILES = settings, judge, ()  # other experiments put in their own, and the files with their constants
 
 
+def start_from(before, folder, step):
+    """Lets a run that has not begun go on from what the run in the folder `before` was at a step."""
+    place = f"checkpoints/step_{step:07d}"
+    if not list(Path(folder).glob("checkpoints/step_*")):
+        shutil.copytree(Path(before, place), Path(folder, f"{place}.copy"), dirs_exist_ok=True)
+        os.replace(Path(folder, f"{place}.copy"), Path(folder, place))
+
+
 def run(name, seed, changes, stop=None):
     """Trains one run to each of STEPS in turn and judges it there. With `stop` it goes on, as plain SiT, from what the
     aligned run was at that step: to the bit what it had been, had it been trained so from the start."""
@@ -92,10 +100,8 @@ def run(name, seed, changes, stop=None):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
         SETTINGS(folder, seed, changes)
-        if stop and not list(folder.glob("checkpoints/step_*")):
-            place = f"checkpoints/step_{stop:07d}"
-            shutil.copytree(before / place, folder / f"{place}.copy", dirs_exist_ok=True)
-            os.replace(folder / f"{place}.copy", folder / place)
+        if stop:
+            start_from(before, folder, stop)
         for step in STEPS:
             result = folder / f"{step}.json"
             if result.exists() or step <= (stop or 0):

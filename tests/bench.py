@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python tests/bench.py train   # steps of plain SiT, phase I and phase II
     PYTHONPATH=. python tests/bench.py text    # steps of MMDiT/2 with captions from a table, and encoded at each step
+    PYTHONPATH=. python tests/bench.py attention    # the attention loss of 1,024 tokens in pieces, and at once
     PYTHONPATH=. python tests/bench.py data    # preparing and loading images
     PYTHONPATH=. python tests/bench.py fid     # precision and recall, features of the FID Inception
     PYTHONPATH=. python tests/bench.py checkpoint     # how long training waits for one; also under torchrun
@@ -13,14 +14,17 @@ is a DINOv2-B with random weights: its speed is that of the real one.
 The second measures the same of an MMDiT, on a CPU of fewer blocks, and then steps of the full size with and without a text
 encoder of the default's size, random weights, in turn.
 
-The third measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
+The third measures forward and backward pass of the loss in four layer pairs of 12 heads, as at 512 x 512: time in turn,
+and what a process of its own has in use more than one that makes queries and keys alone.
+
+The fourth measures, on JPEGs made here that compress as photographs do: decoding, cropping and packing on one core
 beside Pillow's bare decoding and resizing; the loader with one worker; a data set of ImageNet's size; and on a GPU the
 VAE's encoder (random weights).
 
-The fourth measures precision and recall of 50,000 against 10,000 images in 2,048 random features, with the process's
+The fifth measures precision and recall of 50,000 against 10,000 images in 2,048 random features, with the process's
 peak memory, and the Inception in turn with pytorch-fid's of the same random weights.
 
-The fifth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
+The sixth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
 """
 
 import io
@@ -47,7 +51,7 @@ import fid
 import prepare_latents
 import train
 from checkpoint import flops_per_image, matrix_rate
-from model import MODELS, build
+from model import MODELS, attention_logits, build
 from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
 from teacher import Teacher
 from text import CaptionTable, TextEncoder
@@ -167,6 +171,44 @@ def loader_rate(folder, with_images, batches):
     for _ in range(5):
         next(loader)
     return train.BATCH_SIZE * batches / timed(lambda: [next(loader) for _ in range(batches)])
+
+
+def attention_step(kind):
+    """A function that makes the loss of queries and keys at 1,024 tokens, and their gradients."""
+    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    q, k = (torch.randn(4, TEXT_BATCH_SIZE, 12, 1024, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+    teacher = list(zip(*torch.randn(2, *q.shape, device=device, dtype=dtype)))
+    if kind == "pieces":
+        return lambda: train.attention_loss_of_qk(list(zip(q, k)), teacher).backward()
+    if kind == "at once":
+        return lambda: train.attention_loss([attention_logits(*pair) for pair in zip(q, k)],
+                                            [attention_logits(*pair) for pair in teacher]).backward()
+    return lambda: (q.sum() + k.sum()).backward()  # gradients alone
+
+
+def attention_memory(result, kind):
+    attention_step(kind)()
+    peak = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result.put(peak / 2**30)
+
+
+def bench_attention():
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    for kind in ("nothing", "at once", "pieces"):
+        result = context.Queue()
+        process = context.Process(target=attention_memory, args=(result, kind))
+        process.start()
+        peaks[kind] = result.get()
+        process.join()
+    steps = {kind: attention_step(kind) for kind in ("at once", "pieces")}
+    rounds = [{kind: timed(step) for kind, step in steps.items()} for _ in range(WARMUP + ROUNDS)][WARMUP:]
+    saved = {kind: peaks[kind] - peaks["nothing"] for kind in steps}
+    for kind in steps:
+        print(f"{kind}: {1000 * statistics.median(each[kind] for each in rounds):.0f} ms, "
+              f"{saved[kind]:.2f} GiB for {TEXT_BATCH_SIZE} images")
+    print(f"pieces by at once: time {statistics.median(each['pieces'] / each['at once'] for each in rounds):.2f}, "
+          f"memory {saved['pieces'] / saved['at once']:.2f}")
 
 
 def bench_data():
@@ -341,5 +383,5 @@ def bench_checkpoint():
 
 
 if __name__ == "__main__":
-    parts = {"text": bench_text, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}
+    parts = {"text": bench_text, "attention": bench_attention, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}
     parts.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()

@@ -1,19 +1,25 @@
 """experiments/: the comparison in short, and what draw.py makes of its rows."""
 
 import csv
+import json
+import sys
 
 import pytest
-from conftest import ROOT, set_constants
+from conftest import ROOT, set_constants, small_constants
 from PIL import Image
 from safetensors.torch import load_file
 
 import compare
 import compare_small
 import draw
+import fid
+import imagenet512
+import jit
 import late
 import model
+import prepare_latents
+import sample
 import train
-
 
 
 def test_compare_in_short(restored, monkeypatch, tmp_path):
@@ -48,6 +54,66 @@ def test_compare_in_short(restored, monkeypatch, tmp_path):
     with open(tmp_path / "results.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
     assert (tmp_path / "results.csv").stat().st_mtime_ns > changed
+
+
+def shrink(monkeypatch, experiment, teacher_file, network, size, **of_train):
+    """Lets an experiment's settings() be followed by constants that a test has time for."""
+    settings = experiment.settings
+
+    def small_settings():
+        settings()
+        small = small_constants(prepare_latents.DATA_DIR, teacher_file, train.RUN_DIR)
+        for kept in ("STEPS", "ALIGN_STEPS", "CHECKPOINT_EVERY", "DATA_DIR", "RUN_DIR"):
+            small.pop(kept)
+        for module, constants in {
+                prepare_latents: dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), IMAGE_SIZE=size, WORKERS=0),
+                train: dict(small, MODEL=network, **of_train),
+                sample: dict(NUM_SAMPLES=8, STEPS=2, BATCH_SIZE=8, GRID=None),
+                fid: dict(FEATURES=str(ROOT / "data/judge.safetensors"), REFERENCE=prepare_latents.DATA_DIR, WORKERS=0)
+                }.items():
+            set_constants(monkeypatch, module, **constants)
+
+    monkeypatch.setattr(experiment, "settings", small_settings)
+
+
+def run_parts(monkeypatch, experiment, *parts):
+    for part in parts:
+        monkeypatch.setattr(sys, "argv", [f"{experiment.__name__}.py", part])
+        experiment.main()
+
+
+@pytest.mark.slow
+def test_the_jit_experiment_in_short(restored, monkeypatch, tmp_path, teacher_file):
+    """Runs that stop go on from what is kept of the aligned one, and all are judged where they differ."""
+    monkeypatch.chdir(tmp_path)
+    jit.settings()
+    assert (train.MODEL, train.STEPS, train.KEEP_EVERY, train.TIMES) == ("JiT-B/16", 250_200, 62_550, (0.8, 0.8))
+    assert train.KEEP_EVERY % train.CHECKPOINT_EVERY == 0 and train.WARMUP_STEPS == 6_255
+    set_constants(monkeypatch, jit, EPOCH=6, JUDGED=(1, 2, 3), SCALES=(1.0, 2.0),
+                  RUNS={"plain": 0, "aligned": 3, "stopped_1": 1, "stopped_2": 2})
+    shrink(monkeypatch, jit, teacher_file, "JiT-T/4", 28)
+    run_parts(monkeypatch, jit, "prepare", "plain", "aligned", "branch", "stopped_1", "stopped_2", "judge")
+    judged = sorted(path.parent.relative_to(tmp_path / "runs").as_posix() for path in tmp_path.glob("runs/*/*/fid.json"))
+    assert judged == sorted(f"jit-b-{run}/samples_{epoch}_{scale}" for run, epochs in (
+        ("plain", "123"), ("aligned", "123"), ("stopped_1", "23"), ("stopped_2", "3")) for epoch in epochs
+        for scale in (1.0, 2.0))
+    phases = [[row["phase"] for row in csv.DictReader(open(tmp_path / f"runs/jit-b-{run}/log.csv"))][-1]
+              for run in jit.RUNS]
+    assert phases == ["2", "1", "2", "2"]
+    with pytest.raises(ValueError, match="say which part to run: prepare, branch, judge, plain, aligned, stopped_1"):
+        run_parts(monkeypatch, jit, "train")
+
+
+@pytest.mark.slow
+def test_the_512_run_in_short(restored, monkeypatch, tmp_path, teacher_file, vae_folder):
+    monkeypatch.chdir(tmp_path)
+    imagenet512.settings()
+    assert (prepare_latents.IMAGE_SIZE, train.ALIGN_STEPS, train.STEPS, sample.CFG_SCALE, sample.GUIDANCE) == \
+        (512, 300_000, 500_000, 1.25, (0.0, 1.0))
+    set_constants(monkeypatch, prepare_latents, VAE=str(vae_folder[0]), COMPILE=False)
+    shrink(monkeypatch, imagenet512, teacher_file, "SiT-T/4", 32, STEPS=2)
+    run_parts(monkeypatch, imagenet512, "prepare", "train", "sample", "fid")
+    assert json.loads((tmp_path / "runs/haste-xl-512/fid.json").read_text())["sample_count"] == 8
 
 
 def results(path, distances):

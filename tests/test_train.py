@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, small_constants
@@ -26,7 +27,7 @@ from test_model import ShapeRecorder
 import checkpoint
 import sample
 import train
-from model import build
+from model import attention_logits, build
 from teacher import Teacher
 from train import attention_loss, feature_loss, interpolate
 
@@ -102,6 +103,36 @@ def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
     assert torch.equal(train.spread_times(many), many)
     monkeypatch.setattr(train, "TIMES", (0.0, 1.0))
     assert train.spread_times(torch.zeros(1)).item() == 0  # as rand() may draw it
+
+
+def test_at_1024_tokens_loss_grid_and_table_are_right():
+    """512 x 512 pixels: logits in pieces of 256 rows, a teacher at 448 pixels for DINOv2's patch, a table of 32 x 32."""
+    torch.manual_seed(0)
+    student, teacher = ([[each.requires_grad_() for each in torch.randn(2, 2, heads, 1024, 8)] for _ in range(2)]
+                        for heads in (3, 2))
+    gradients, losses = [], []
+    for pieces in (False, True):
+        with ShapeRecorder() as recorder:
+            loss = train.attention_loss_of_qk(student, teacher) if pieces else attention_loss(
+                *([attention_logits(q, k) for q, k in each] for each in (student, teacher)))
+            gradients.append(torch.autograd.grad(loss, [each for pair in student for each in pair]))
+        losses.append(loss)
+        assert any(np.prod(shape) == 2 * 2 * 1024**2 for shape in recorder.shapes) != pieces
+    torch.testing.assert_close(*losses)
+    for whole, in_pieces in zip(*gradients):
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-4, atol=1e-8)
+
+    with torch.device("meta"):
+        model = build("SiT-XL/2", input_size=64, teacher_dim=None)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 674_816_272
+    assert model.pos_embed.shape == (1, 1024, 1152) and model.grid == 32
+    small = build("SiT-T/4", input_size=128)
+    table = small.pos_embed.unflatten(1, (32, 32))
+    torch.testing.assert_close(table[:, :16, :16].flatten(1, 2), build("SiT-T/4", input_size=64).pos_embed)
+    network = timm.create_model("vit_tiny_patch16_224", patch_size=14, embed_dim=32, depth=2, num_heads=2)
+    ours = Teacher(network, [1], 32 * 14, pretrained=False)
+    tokens, (logits,) = ours(torch.zeros(1, 3, 512, 512, dtype=torch.uint8))
+    assert ours.input_size == 448 and tokens.shape == (1, 1024, 32) and logits.shape == (1, 2, 1024, 1024)
 
 
 def test_losses_refuse_grids_that_do_not_match():
