@@ -146,8 +146,8 @@ def damaged(folder, error):
 
 # ----- a run's folder and logs ----------------------------------------------------------------------------------------
 def open_run(run, settings, saved, step, columns, rank):
-    """Makes or claims the run's folder, with what is needed to repeat the run. Returns the file that holds the claim, on
-    rank 0; every process takes part.
+    """Makes or claims the run's folder, with what is needed to repeat the run; every process takes part. Returns the
+    file that holds the claim, on rank 0.
 
     saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's.
     """
@@ -315,7 +315,8 @@ def check_memory(model, teacher, captions, share, parts, shards, precision, devi
         fixed += 4 * sum(p.numel() for p in teacher.parameters())
         heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
         pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
-        of_an_image += 8 * pairs * heads * rows * N + (model.projectors is not None) * N * (16 * 2048 + 20 * teacher.dim)
+        of_an_image += 8 * pairs * heads * rows * N
+        of_an_image += (model.projectors is not None) * N * (16 * 2048 + 20 * teacher.dim)
     needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info()

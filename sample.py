@@ -324,8 +324,8 @@ class Sampler:
         self.per_call = "bottleneck_dim" in arguments  # JiT's convention
         self.noise_scale = self.settings.get("NOISE_SCALE", 1.0)
         if MODE == "sde" and self.noise_scale != 1:
-            raise ValueError(f"MODE 'sde' knows noise of scale 1 alone, and {checkpoint} has {self.noise_scale}; set it "
-                             f"to 'ode'")
+            raise ValueError(f"MODE 'sde' knows noise of scale 1 alone, and {checkpoint} has {self.noise_scale}; set "
+                             f"it to 'ode'")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
         dropout = arguments.get("class_dropout_prob", self.settings.get("LABEL_DROPOUT"))
         if any(scale != 1 for scale in scales) and not dropout:

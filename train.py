@@ -323,8 +323,8 @@ def check_settings(world):
              and all(isinstance(each, (int, float)) for each in TIMES) and TIMES[1] > 0,
              f"TIMES {TIMES!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0"),
             ("bottleneck_dim" not in MODELS[MODEL] or TIMES != "uniform" and PATH == "linear",
-             f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to 'linear', and TIMES "
-             f"to JiT's (0.8, 0.8) or another logit-normal"),
+             f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to 'linear', and "
+             f"TIMES to JiT's (0.8, 0.8) or another logit-normal"),
             (TRIGGER == "step" or CONFLICT_EVERY,
              "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps"),
             (not ALIGN_STEPS or ALIGN_DEPTH <= depth,

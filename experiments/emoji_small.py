@@ -12,7 +12,7 @@ from prepare_latents import run_script
 
 
 def main():
-    emoji.OUT, emoji.RESULTS, emoji.FIGURE = "out/emoji_small", "out/emoji_small/results.csv", "out/emoji_small/emoji.png"
+    emoji.OUT, emoji.RESULTS, emoji.FIGURE = (f"out/emoji_small{end}" for end in ("", "/results.csv", "/emoji.png"))
     emoji.SEEDS, emoji.STEPS, emoji.STOPS = (0,), (750, 1500), (750,)
     del emoji.RUNS["features"]
     emoji.main()

@@ -6,10 +6,10 @@
     PYTHONPATH=. python experiments/jit.py branch                  # the two below go on from what is kept of "aligned"
     PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py stopped_50
     PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py stopped_100
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py judge     # into RUNS' folders, a JSON for each of SCALES
+    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py judge    # fid.json beside each run's samples
 
-Published: REPA, never stopped, brings the guided FID of JiT-B/16 from 7.81 to 6.71 at 100 epochs and from 4.37 to 5.14 at
-200 (PixelREPA, arXiv 2603.14366, its figure 1 and table); users who repeat the plain run get 4.7. Nobody has stopped it.
+Published: REPA, never stopped, brings the guided FID of JiT-B/16 from 7.81 to 6.71 at 100 epochs and from 4.37 to 5.14
+at 200 (PixelREPA, arXiv 2603.14366, figure 1 and table); users who repeat the plain run get 4.7. Nobody has stopped it.
 HASTE's thesis holds in pixels if a stopped run at 200 epochs lies below plain; if it lies between plain and aligned,
 stopping mends a part of the harm alone; if at aligned, the harm is done before the stop.
 

@@ -177,8 +177,9 @@ def attention_step(kind):
     """A function that makes the loss of queries and keys at 1,024 tokens, and their gradients."""
     device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
     torch.manual_seed(0)
-    q, k = (torch.randn(4, TEXT_BATCH_SIZE, 12, 1024, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2))
-    teacher = list(zip(*torch.randn(2, *q.shape, device=device, dtype=dtype)))
+    shape = 4, TEXT_BATCH_SIZE, 12, 1024, 64
+    q, k = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+    teacher = list(zip(*torch.randn(2, *shape, device=device, dtype=dtype)))
     if kind == "pieces":
         return lambda: train.attention_loss_of_qk(list(zip(q, k)), teacher).backward()
     if kind == "at once":
