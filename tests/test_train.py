@@ -382,7 +382,9 @@ def test_activation_checkpointing_and_cosine_path_run(small_run, tmp_path):
     assert_same_state(*states)
 
 
-def test_one_compilation_a_phase_without_graph_breaks(small_run, monkeypatch):
+@pytest.mark.parametrize("network, at_most", [
+    (dict(), 6), pytest.param(dict(MODEL="JiT-T/4", TIMES=(0.8, 0.8)), 8, marks=pytest.mark.slow)])
+def test_one_compilation_a_phase_without_graph_breaks(small_run, monkeypatch, network, at_most):
     """By the compiler's own counters. The gradients' cosine in phase I compiles nothing either."""
     counters, graphs, draw_noise = torch._dynamo.utils.counters, {}, train.draw_noise
 
@@ -394,14 +396,15 @@ def test_one_compilation_a_phase_without_graph_breaks(small_run, monkeypatch):
     counters.clear()
     monkeypatch.setattr(train, "draw_noise", watch)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    run = small_run(COMPILE=True, MICRO_BATCHES=2, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=8)
+    run = small_run(COMPILE=True, MICRO_BATCHES=2, CONFLICT_FROM=4, CONFLICT_EVERY=2, CONFLICT_IMAGES=8, **network)
     train.main()
-    assert graphs[0] == 0 and 0 < graphs[1] <= 6  # a block with and without queries, final layer, teacher, losses
+    # a block with and without queries (JiT's: and with and without class tokens), final layer, teacher, losses
+    assert graphs[0] == 0 and 0 < graphs[1] <= at_most
     assert all(graphs[step] == graphs[1] for step in range(1, 7))
     assert graphs[7] <= graphs[6] + 1 and all(graphs[step] == graphs[7] for step in range(7, 12))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs[11]
     monkeypatch.undo()
-    eager = small_run(RUN_DIR=f"{run}-eager", MICRO_BATCHES=2)
+    eager = small_run(RUN_DIR=f"{run}-eager", MICRO_BATCHES=2, **network)
     train.main()
     for a, b in zip(read_log(run), read_log(eager), strict=True):
         assert float(a["denoising_loss"]) == pytest.approx(float(b["denoising_loss"]), rel=1e-3)
