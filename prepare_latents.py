@@ -831,7 +831,7 @@ class Crops:
 class PreparedDataset:
     """Reads a folder written by main(). `dataset[indices]` is a batch: (moments, labels, images or None).
 
-    latents.npy        float16 [N, 2C, h, w]: posterior mean and std; without a VAE [N, C, H, W]: the pixels in -1..1
+    latents.npy        only with a VAE: float16 [N, 2C, h, w], posterior mean and std
     latents_mirrored.npy  the same of the mirrored images, if prepared with MIRROR
     images.bin         lossless WebP files end to end; image_offsets.npy int64 [N + 1]: where each begins and ends
     labels.npy         int64 [N]
@@ -839,9 +839,11 @@ class PreparedDataset:
                        offsets[i] .. offsets[i + 1] - 1
     meta.json          count, sizes, class names, VAE and its scale, source, versions, bytes and checksums of the files
 
+    Without a VAE the moments are the images' pixels, uint8 [B, C, H, W] (C 1 for grayscale), decoded once for both.
     `dataset[indices, draws]`, draws in 0..1, has the number of a caption of each image, int64 [B], in place of labels.
-    Index i + N is image i mirrored left to right, unless `mirrored` is None. Large files are memory-mapped, never
-    copied to memory. With `with_images=False` the images' files are not opened. `captions` is None, or all, in order.
+    Index i + N is image i mirrored left to right; with a VAE only if `mirrored` is not None. Large files are
+    memory-mapped, never copied to memory. With `with_images=False` images are None, and with a VAE their files are not
+    opened. `captions` is None, or all, in order.
     Raises ValueError where the folder is missing, unfinished or damaged.
     """
 
@@ -857,28 +859,26 @@ class PreparedDataset:
         try:
             self.meta = json.loads(meta_file.read_text())
             expected_bytes, self.vae, self.classes = self.meta["bytes"], self.meta["vae"], self.meta["classes"]
+            channels, *size = self.meta["latent_shape"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{meta_file}: damaged ({error!r}); {REMEDY}") from error
         if self.meta["format"] != FORMAT:
             raise ValueError(f"{meta_file}: format {self.meta['format']}, this version reads {FORMAT}; {REMEDY}")
+        # without a VAE earlier versions stored the pixels a second time, as latents.npy
+        unused = "latents" if self.vae is None else () if with_images else "image"
         for name, expected in expected_bytes.items():
             found = (self.path / name).stat().st_size if (self.path / name).exists() else 0
-            if found != expected and (with_images or not name.startswith("image")):
+            if found != expected and not name.startswith(unused):
                 raise ValueError(f"{self.path / name}: {found} bytes, meta.json says {expected}; {REMEDY}")
-        self.latents = np.load(self.path / "latents.npy", mmap_mode="r")
+        self.latents, self.mirrored = (
+            np.load(self.path / name, mmap_mode="r") if name in expected_bytes and self.vae is not None else None
+            for name in ("latents.npy", "latents_mirrored.npy"))
+        self.shape = (channels if self.vae is None else channels // 2, *size)  # of one latent, (C, h, w)
         self.labels = np.load(self.path / "labels.npy")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(f"{self.path / 'labels.npy'}: labels {self.labels.min()}..{self.labels.max()}, but "
                              f"meta.json names {len(self.classes)} classes; {REMEDY}")
-        moments_per_channel = 1 if self.vae is None else 2
-        self.shape = (self.latents.shape[1] // moments_per_channel, *self.latents.shape[2:])  # of one latent, (C, h, w)
-        if self.vae is None:
-            self.mirrored = self.latents[..., ::-1]
-        elif "latents_mirrored.npy" in expected_bytes:
-            self.mirrored = np.load(self.path / "latents_mirrored.npy", mmap_mode="r")
-        else:
-            self.mirrored = None
-        if with_images:
+        if with_images or self.vae is None:
             self.packed = np.asarray(np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r"))
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
         self.captions = self.caption_offsets = None
@@ -914,15 +914,18 @@ class PreparedDataset:
         indices, draws = indices if isinstance(indices, tuple) else (indices, None)
         indices = np.asarray(indices)
         flip, rows = indices >= len(self), indices % len(self)
-        moments, labels = torch.from_numpy(self.latents[rows]), torch.from_numpy(self.labels[rows])
+        labels = torch.from_numpy(self.labels[rows])
         if draws is not None:
             first, last = self.caption_offsets[rows], self.caption_offsets[rows + 1] - 1
             labels = torch.from_numpy(np.minimum(first + (np.asarray(draws) * (last - first + 1)).astype(int), last))
-        images = self.images(rows) if self.with_images else None
+        images = self.images(rows) if self.with_images or self.vae is None else None
+        if images is not None and flip.any():
+            images[flip] = images[flip].flip(-1)
+        if self.vae is None:
+            return images[:, : self.shape[0]], labels, images if self.with_images else None
+        moments = torch.from_numpy(self.latents[rows])
         if flip.any():
-            moments[flip] = torch.from_numpy(np.ascontiguousarray(self.mirrored[rows[flip]]))
-            if images is not None:
-                images[flip] = images[flip].flip(-1)
+            moments[flip] = torch.from_numpy(self.mirrored[rows[flip]])
         return moments, labels, images
 
 
@@ -969,12 +972,8 @@ def check_space(folder, crops, count, latents_bytes):
 
 @torch.no_grad()
 def encode(pixels, vae, device):
-    """uint8 [B, C, H, W] to what latents.npy stores, float16 on the device: moments [B, 2C, h, w]; without a VAE the
-    pixels in -1..1."""
-    x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
-    if vae is None:
-        return x.half()
-    x = x.expand(-1, 3, -1, -1)
+    """uint8 [B, C, H, W] to what latents.npy stores, float16 moments [B, 2C, h, w] on the device."""
+    x = (pixels.to(device, non_blocking=True).float() / 127.5 - 1).expand(-1, 3, -1, -1)
     if COMPILE:  # for one shape: a smaller batch is padded
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, BATCH_SIZE - len(x)))
     with torch.autocast(device.type, torch.bfloat16, enabled=VAE_PRECISION == "bf16"):
@@ -1058,17 +1057,17 @@ def drop_rows(path, kept):
 
 
 def check(folder):
-    """Compares a finished folder with its checksums, and CHECK_IMAGES of its images, encoded again, with its latents.
+    """Compares a finished folder with its checksums, and if it has latents, CHECK_IMAGES of its images, encoded again,
+    with these.
 
     Raises ValueError that names the file and the images where they differ.
     """
     data, first = PreparedDataset(folder), 0
     for count, checksums in tqdm(data.meta["chunks"], desc=f"{folder}: checksums", unit="chunk"):
         last = first + count
-        contents = {"latents.npy": data.latents[first:last], "labels.npy": data.labels[first:last],
-                    "images.bin": data.packed[data.offsets[first] : data.offsets[last]]}
-        if "latents_mirrored.npy" in checksums:
-            contents["latents_mirrored.npy"] = data.mirrored[first:last]
+        arrays = {"latents.npy": data.latents, "latents_mirrored.npy": data.mirrored, "labels.npy": data.labels}
+        contents = {name: rows[first:last] for name, rows in arrays.items() if rows is not None}
+        contents["images.bin"] = data.packed[data.offsets[first] : data.offsets[last]]
         if "captions.txt" in checksums:
             spans = itertools.pairwise(data.caption_offsets[first : last + 1])
             contents["captions.txt"] = json.dumps([data.captions[begin:end] for begin, end in spans]).encode()
@@ -1077,21 +1076,23 @@ def check(folder):
                     (name.startswith("latents") and not np.isfinite(content).all()):
                 raise ValueError(f"{folder / name}: damaged somewhere in images {first}..{last - 1}; {REMEDY}")
         first = last
+    written = f"{folder}: {len(data):,} images are what was written"
+    if data.vae is None:
+        return print(written)
     rows = np.unique(np.linspace(0, len(data) - 1, CHECK_IMAGES).astype(int))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = None if data.vae is None else load_vae(data.vae["name"])[0].to(device)
+    vae = load_vae(data.vae["name"])[0].to(device)
     worst = 0
     for some in np.array_split(rows, -(-len(rows) // BATCH_SIZE)):
         stored, _, images = data[some]
-        again = encode(images[:, : 3 if vae else len(data.meta["image_mode"])], vae, device)
+        again = encode(images, vae, device)
         error = (again.cpu().float() - stored.float()).square().mean(dim=(1, 2, 3)).sqrt()
         error /= stored.float().square().mean(dim=(1, 2, 3)).sqrt()
         worst = max(worst, error.max().item())
         if worst > CHECK_TOLERANCE:
             raise ValueError(f"{folder / 'latents.npy'}: image {some[error.argmax()]}, encoded again, differs by "
                              f"{worst:.1%}; these latents belong to other images or another VAE: {REMEDY}")
-    print(f"{folder}: {len(data):,} images are what was written; {len(rows)} of them, encoded again, differ by at most "
-          f"{worst:.2%} (root mean square)")
+    print(f"{written}; {len(rows)} of them, encoded again, differ by at most {worst:.2%} (root mean square)")
 
 
 @ends_in_one_line
@@ -1147,7 +1148,7 @@ def main():
             raise ValueError(f"IMAGE_SIZE {IMAGE_SIZE} is no multiple of {factor}, the VAE's reduction")
         shape = (vae.quant_conv.out_channels, IMAGE_SIZE // factor, IMAGE_SIZE // factor)
         vae.encode = torch.compile(vae.encode) if COMPILE else vae.encode
-    latents_files = ["latents.npy"] + ["latents_mirrored.npy"] * (MIRROR and vae is not None)
+    latents_files = [] if VAE is None else ["latents.npy"] + ["latents_mirrored.npy"] * MIRROR
     crops = Crops(source, IMAGE_SIZE, shape)
 
     # what is done: chunks with a record; one with unreadable images is tried again, until the parts are being moved
@@ -1178,6 +1179,8 @@ def main():
             if type(source) is ImageFiles:
                 np.savez(names_file, names=source.names, labels=source.labels)
             write_atomically(plan_file, lambda path: path.write_text(json.dumps(plan)))
+        elif VAE is None:
+            (folder / "latents.npy").unlink(missing_ok=True)  # begun by a version that stored pixels there too
     wait_for_all()
     with tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
         mine = {number: chunks[number] for number in missing[rank::world]}
@@ -1242,9 +1245,9 @@ def main():
     print(f"{folder}: {meta['count']:,} images of {len(source.classes)} classes"
           + (f" with {meta['captions']:,} captions" if captioned else "")
           + f", {missing_images:,} of them in these {seconds:.0f} s ({missing_images / seconds:.0f} images/s)\n"
-          f"  latents {list(shape)} {meta['bytes']['latents.npy'] * len(latents_files) / 2**20:,.0f} MiB, "
-          f"images {meta['bytes']['images.bin'] / 2**20:,.0f} MiB\n"
-          f"  left out: {len(reasons)} unreadable images, {source.unclassed} images outside class folders; "
+          f"  {list(shape)} an image: "
+          + ", ".join(f"{name} {meta['bytes'][name] / 2**20:,.0f} MiB" for name in (*latents_files, "images.bin"))
+          + f"\n  left out: {len(reasons)} unreadable images, {source.unclassed} images outside class folders; "
           f"ignored {source.ignored} files that are no images{' of CAPTIONS' if CAPTIONS else ''}")
 
 

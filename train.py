@@ -237,9 +237,10 @@ def spread_times(u):
 
 
 def sample_latents(moments, noise, vae_meta):
-    """Scaled latents from stored (mean, std) [B, 2C, h, w]; without a VAE the stored pixels themselves."""
+    """Scaled latents from stored (mean, std) [B, 2C, h, w]; without a VAE, from uint8 [B, C, H, W], pixels in -1..1."""
     if vae_meta is None:
-        return moments.float()
+        pixels = moments.float(memory_format=torch.contiguous_format)  # decoded ones lie channels last
+        return (pixels / 127.5 - 1).half().float()  # rounded as earlier versions stored them: a run goes on the same
     mean, std = moments.float().chunk(2, dim=1)
     return (mean + std * noise) * vae_meta["scale"]
 
@@ -380,10 +381,10 @@ def main():
     precision = torch.bfloat16 if has_bf16(device) else torch.float32
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
-    # data, and where the run stands: phase II never opens the images
+    # data, and where the run stands: phase II opens images only where they are the training data
     check_settings(world)
     data = PreparedDataset(DATA_DIR, with_images=False)
-    if MIRROR and data.mirrored is None:
+    if MIRROR and data.vae is not None and data.mirrored is None:
         raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
     sit, encoder = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
@@ -474,7 +475,7 @@ def main():
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
     first_step, logged_step, clock, stopped_by, failure = step, step, time.perf_counter(), 0, None
     while step < STEPS and not stopped_by:
-        # the switch: teacher, projector and images go for good
+        # the switch: teacher, projector and the teacher's images go for good
         if aligning and phase_one_is_over():
             aligning, teacher, align, model.projectors = False, None, None, None
             trained = [p for p in model.parameters() if p.requires_grad]

@@ -158,6 +158,7 @@ def write_prepared(folder, packed, latents):
     np.save(folder / "image_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
     np.save(folder / "labels.npy", np.arange(count) % 1000)
     meta = dict(format=prepare_latents.FORMAT, image_size=Image.open(io.BytesIO(packed[0])).width,
+                latent_shape=latents.shape[1:],
                 vae=dict(name="", scale=1), classes=[str(i) for i in range(1000)],
                 bytes={file.name: file.stat().st_size for file in folder.iterdir()})
     (folder / "meta.json").write_text(json.dumps(meta))

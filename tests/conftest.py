@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: a test never waits for a network
 
 import json
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,30 @@ def data_dir(tmp_path_factory):
                       IMAGE_SIZE=28, VAE=None, WORKERS=0, BATCH_SIZE=64)
         prepare_latents.main()
     return folder / "prepared"
+
+
+def with_latents(data_dir, folder, vae=None):
+    """A copy of a data set of pixels that has latents.npy too: the pixels in -1..1, as earlier versions stored them; of
+    a `vae`, with a deviation of zero."""
+    shutil.copytree(data_dir, folder)
+    data = prepare_latents.PreparedDataset(data_dir, with_images=False)
+    meta = json.loads((folder / "meta.json").read_text())
+    latents = (data[np.arange(len(data))][0].float() / 127.5 - 1).half().numpy()
+    latents = np.concatenate([latents, np.zeros_like(latents)], axis=1) if vae else latents
+    np.save(folder / "latents.npy", latents)
+    meta.update(vae=vae, latent_shape=latents.shape[1:])
+    meta["bytes"]["latents.npy"] = (folder / "latents.npy").stat().st_size
+    ends = np.cumsum([count for count, _ in meta["chunks"]])
+    for (_, checksums), rows in zip(meta["chunks"], np.split(latents, ends[:-1])):
+        checksums["latents.npy"] = zlib.crc32(np.ascontiguousarray(rows))
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents_dir(tmp_path_factory, data_dir):
+    """The same as if a VAE had made latents of them that are the pixels."""
+    return with_latents(data_dir, tmp_path_factory.mktemp("data") / "latents", vae=dict(name="of/tests", scale=1.0))
 
 
 @pytest.fixture(scope="session")

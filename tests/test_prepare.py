@@ -21,7 +21,7 @@ import pytest
 import timm
 import torch
 from bench import write_prepared
-from conftest import ROOT, set_constants
+from conftest import ROOT, set_constants, with_latents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -69,7 +69,10 @@ def test_sprite_sheet_is_prepared_without_loss(data_dir):
     for row, (top, left) in enumerate(((0, 0), (28, 28), (9 * 28, 19 * 28))):
         tile = sheet[top : top + 28, left : left + 28]
         assert np.array_equal(images[row, 1].numpy(), tile)
-        assert np.array_equal(((moments[row, 0].float() + 1) * 127.5).round().numpy(), tile)
+        assert np.array_equal(moments[row, 0].numpy(), tile)
+    assert data.shape == (1, 28, 28) and moments.shape == (3, 1, 28, 28)
+    assert sorted(path.name for path in data_dir.iterdir()) == ["image_offsets.npy", "images.bin", "labels.npy",
+                                                                "meta.json"]  # nothing stored twice
 
 
 def photograph(rng, width, height):
@@ -173,11 +176,11 @@ def test_bad_sources_are_refused(prepare, constants, message):
         prepare(**constants)
 
 
-def damage(folder, change):
-    """Applies a change to the meta.json of a copy."""
-    meta = json.loads((folder / "meta.json").read_text())
-    change(meta)
-    (folder / "meta.json").write_text(json.dumps(meta))
+def damage(folder, change, name="meta.json"):
+    """Applies a change to a JSON file of a copy."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("harm, message", [
@@ -188,11 +191,8 @@ def damage(folder, change):
     (lambda f: (f / "images.bin").unlink(), r"images.bin: 0 bytes, meta.json says \d+"),
     (lambda f: damage(f, lambda meta: meta.update(classes=["a", "b"])), r"labels 0\.\.9, but meta.json names 2 classes"),
 ])
-def test_unfinished_or_damaged_folder_is_refused(data_dir, tmp_path, harm, message):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in data_dir.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+def test_unfinished_or_damaged_folder_is_refused(latents_dir, tmp_path, harm, message):
+    folder = shutil.copytree(latents_dir, tmp_path / "copy")
     harm(folder)
     with pytest.raises(ValueError, match=message):
         PreparedDataset(folder)
@@ -218,6 +218,42 @@ def test_a_worker_opens_the_files_itself(data_dir):
     data = PreparedDataset(data_dir)
     assert len(pickle.dumps(data)) < 1000
     assert torch.equal(pickle.loads(pickle.dumps(data))[np.array([5])][2], data[np.array([5])][2])
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_pixels_are_decoded_once_for_student_and_teacher(data_dir, with_images, monkeypatch):
+    data, opened, open_image = PreparedDataset(data_dir, with_images), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or open_image(*args, **options))
+    moments, _, images = data[np.array([3, 7, 200 + 7, 200 + 3])]
+    assert len(opened) == 4 and torch.equal(moments[[2, 3]], moments[[1, 0]].flip(-1)) and not torch.equal(*moments[:2])
+    assert torch.equal(images, moments.expand(-1, 3, -1, -1)) if with_images else images is None
+
+
+@pytest.mark.parametrize("harm", [lambda path: None, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_pixels_of_earlier_versions_are_read(data_dir, tmp_path, prepare, harm, capsys):
+    """Which stored them once more, as latents.npy: it is not needed."""
+    old = with_latents(data_dir, tmp_path / "old")
+    harm(old / "latents.npy")
+    for with_images in (True, False):
+        pairs = zip(*(PreparedDataset(folder, with_images)[np.arange(0, 400, 7)] for folder in (old, data_dir)))
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+    prepare(DATA_DIR=str(old), CHECK=True)
+    assert capsys.readouterr().out == f"{old}: 200 images are what was written\n"
+
+
+def test_pixels_that_an_earlier_version_began_are_finished(tree, prepare, tmp_path):
+    whole = (tree / "n02/0.png").read_bytes()
+    (tree / "n02/0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 5 images could not be read"):
+        prepare(SOURCE=str(tree), CHUNK=2)
+    np.save(tmp_path / "out/latents.npy", np.zeros((5, 3, 32, 32), np.float16))
+    for record in (tmp_path / "out/unfinished").glob("0*.json"):
+        damage(record.parent, lambda content: content["checksums"].update({"latents.npy": 0}), record.name)
+    (tree / "n02/0.png").write_bytes(whole)
+    prepare(SOURCE=str(tree), CHUNK=2)
+    prepare(SOURCE=str(tree), CHUNK=2, DATA_DIR=str(tmp_path / "straight"))
+    assert contents(tmp_path / "out")[0] == contents(tmp_path / "straight")[0]
+    prepare(CHECK=True)
 
 
 def test_packed_images_are_lossless_webp(data_dir):
@@ -425,7 +461,7 @@ def test_who_removes_a_bad_image_goes_on_where_he_was(tree, prepare, tmp_path, p
     data = prepare(SOURCE=source(), CHUNK=2)
     assert "3 images of 2 classes, 4 of them in these" in capsys.readouterr().out  # two chunks of three
     straight = prepare(SOURCE=source(), DATA_DIR=str(tmp_path / "straight"))
-    for name in ("latents.npy", "images.bin", "image_offsets.npy", "labels.npy"):
+    for name in ("images.bin", "image_offsets.npy", "labels.npy"):
         assert (data.path / name).read_bytes() == (straight.path / name).read_bytes()
 
 
@@ -629,7 +665,7 @@ def test_latents_that_are_not_finite_stop_the_run_and_do_not_pass_the_check(tree
     save_file(state, file)
     with pytest.raises(ValueError, match="latents.npy: the VAE makes values that are not finite, or beyond float16"):
         prepare(SOURCE=str(tree), VAE=str(tmp_path / "vae"))
-    data = prepare(SOURCE=str(tree), VAE=None, DATA_DIR=str(tmp_path / "finished"))
+    data = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), DATA_DIR=str(tmp_path / "finished"))
     rows = np.load(data.path / "latents.npy")
     rows[1] = np.nan
     np.save(data.path / "latents.npy", rows)
@@ -679,12 +715,15 @@ def test_a_folder_prepared_with_the_other_decoder_stays_valid(tree, prepare, vae
         prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
 
 
-def test_full_disk_is_refused_before_work_starts(tree, prepare, monkeypatch):
-    usage = shutil.disk_usage(tree)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
-    with pytest.raises(ValueError, match=r"out: needs [\d,]+ bytes, 12,345 are free; make room or choose another"):
-        prepare(SOURCE=str(tree))
-    assert not (tree.parent / "out/latents.npy").exists()
+def test_full_disk_is_refused_before_work_starts(tree, prepare, vae_folder, monkeypatch):
+    usage, needed = shutil.disk_usage(tree), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1234))
+    for vae in (str(vae_folder[0]), None):
+        with pytest.raises(ValueError, match=r"needs [\d,]+ bytes, 1,234 are free; make room or choose") as full:
+            prepare(SOURCE=str(tree), VAE=vae, DATA_DIR=str(tree.parent / f"out{vae is None}"))
+        needed.append(int(re.search("needs ([0-9,]+)", str(full.value))[1].replace(",", "")))
+    assert needed[0] - needed[1] == 5 * 8 * 8 * 8 * 2  # without a VAE no room for latents
+    assert not list(tree.parent.glob("out*/latents.npy"))
 
 
 def test_mirrored_images_and_their_latents_belong_together(tree, prepare, vae_folder):
@@ -702,8 +741,8 @@ def test_mirrored_images_and_their_latents_belong_together(tree, prepare, vae_fo
 
 
 @pytest.mark.parametrize("name", ["latents.npy", "labels.npy", "images.bin"])
-def test_check_finds_a_changed_byte(name, tree, prepare):
-    prepare(SOURCE=str(tree), CHUNK=2)
+def test_check_finds_a_changed_byte(name, tree, prepare, vae_folder):
+    prepare(SOURCE=str(tree), CHUNK=2, VAE=str(vae_folder[0]))
     prepare(CHECK=True)
     with open(tree.parent / "out" / name, "r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -21,10 +21,12 @@ import pytest
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, small_constants
+from conftest import ROOT, set_constants, small_constants, with_latents
+from PIL import Image
 from test_model import ShapeRecorder
 
 import checkpoint
+import prepare_latents
 import sample
 import train
 from model import attention_logits, build
@@ -304,9 +306,9 @@ def test_interrupted_between_log_lines_resumes_bit_exact(small_run, monkeypatch,
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
 
 
-def test_phase_two_has_no_teacher_reads_no_image_and_computes_no_logits(small_run, monkeypatch):
+def test_phase_two_has_no_teacher_reads_no_image_and_computes_no_logits(small_run, latents_dir, monkeypatch):
     """Watched from inside the run: objects alive, files mapped into memory, shapes of every tensor computed."""
-    small_run(WORKERS=0, CHECKPOINT_EVERY=100)
+    small_run(DATA_DIR=str(latents_dir), WORKERS=0, CHECKPOINT_EVERY=100)
     seen, recorder, draw_noise, made = {}, ShapeRecorder(), train.draw_noise, weakref.WeakSet()
     init = Teacher.__init__
     monkeypatch.setattr(Teacher, "__init__", lambda self, *args, **options: init(self, *args, **options) or
@@ -327,15 +329,13 @@ def test_phase_two_has_no_teacher_reads_no_image_and_computes_no_logits(small_ru
     assert seen[6]["teachers"] == 0 and not seen[6]["images"]  # gone before the first step of phase II
 
 
-def copy_without_images(data_dir, folder):
-    folder.mkdir()
-    for name in ("latents.npy", "labels.npy", "meta.json"):
-        (folder / name).write_bytes((data_dir / name).read_bytes())
-    return str(folder)
+def copy_without_images(latents_dir, folder):
+    return str(shutil.copytree(latents_dir, folder, ignore=shutil.ignore_patterns("image*")))
 
 
-def test_plain_sit_needs_neither_images_nor_teacher(small_run, data_dir, tmp_path):
-    run = small_run(ALIGN_STEPS=0, TEACHER="absent.safetensors", DATA_DIR=copy_without_images(data_dir, tmp_path / "d"))
+def test_plain_sit_needs_neither_images_nor_teacher(small_run, latents_dir, tmp_path):
+    data = copy_without_images(latents_dir, tmp_path / "d")
+    run = small_run(ALIGN_STEPS=0, TEACHER="absent.safetensors", DATA_DIR=data)
     train.main()
     assert [row["phase"] for row in read_log(run)] == ["2"] * 4
 
@@ -629,18 +629,17 @@ def test_twenty_kills_at_random_moments_change_nothing(run_process, tmp_path):
     assert_same_state(final_state(tmp_path / "whole", 60), final_state(tmp_path / "killed", 60))
 
 
-def poisoned_data(data_dir, folder, poisoned):
-    """A copy of the data set in which the given images are not finite."""
-    folder.mkdir()
-    for path in data_dir.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+def poisoned_data(latents_dir, folder, poisoned):
+    """A copy of the data set in which the given latents are not finite."""
+    shutil.copytree(latents_dir, folder)
     np.load(folder / "latents.npy", mmap_mode="r+")[poisoned] = np.nan
     return str(folder)
 
 
-def test_a_loss_that_is_not_finite_skips_its_step(small_run, data_dir, tmp_path):
+def test_a_loss_that_is_not_finite_skips_its_step(small_run, latents_dir, tmp_path):
     victim = train.permutation(0, 0, 200)[2 * 8 + 5]  # in the batch of step 2
-    run = small_run(DATA_DIR=poisoned_data(data_dir, tmp_path / "d", [victim]), STEPS=4, CHECKPOINT_EVERY=1, LOG_EVERY=4)
+    data = poisoned_data(latents_dir, tmp_path / "d", [victim])
+    run = small_run(DATA_DIR=data, STEPS=4, CHECKPOINT_EVERY=1, LOG_EVERY=4)
     train.main()
     before, after = final_state(run, 2), final_state(run, 3)
     assert_same_state(before["model"], after["model"])
@@ -651,9 +650,9 @@ def test_a_loss_that_is_not_finite_skips_its_step(small_run, data_dir, tmp_path)
     assert row["skipped"] == "1" and np.isfinite(float(row["denoising_loss"]))
 
 
-def test_two_processes_skip_a_step_and_end_phase_one_alike(run_process, data_dir, tmp_path):
+def test_two_processes_skip_a_step_and_end_phase_one_alike(run_process, latents_dir, tmp_path):
     victim = train.permutation(0, 0, 200)[2 * 8 + 5]  # the second process has it, in step 2
-    constants = dict(DATA_DIR=poisoned_data(data_dir, tmp_path / "d", [victim]), TRIGGER="conflict", CONFLICT_FROM=4,
+    constants = dict(DATA_DIR=poisoned_data(latents_dir, tmp_path / "d", [victim]), TRIGGER="conflict", CONFLICT_FROM=4,
                      CONFLICT_EVERY=4, CONFLICT_IMAGES=8, CONFLICT_BELOW=1.0, ALIGN_STEPS=100, CHECKPOINT_EVERY=1)
     both = run_process(tmp_path / "run", processes=2, STEPS=5, KEEP_EVERY=1, LOG_EVERY=5, **constants)
     assert both.returncode == 0 and "step 4: phase II" in both.stdout, both.stderr
@@ -665,8 +664,8 @@ def test_two_processes_skip_a_step_and_end_phase_one_alike(run_process, data_dir
     assert alone.returncode == 0 and "phase II from step 5" in alone.stdout  # the decision is in the checkpoint
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(small_run, data_dir, tmp_path):
-    data = poisoned_data(data_dir, tmp_path / "d", train.permutation(0, 0, 200)[5 * 8 : 9 * 8 : 8])  # steps 5..8
+def test_too_many_skipped_steps_in_a_row_stop_the_run(small_run, latents_dir, tmp_path):
+    data = poisoned_data(latents_dir, tmp_path / "d", train.permutation(0, 0, 200)[5 * 8 : 9 * 8 : 8])  # steps 5..8
     run = small_run(DATA_DIR=data, MAX_SKIPPED=3, LOG_EVERY=10, STEPS=20, CHECKPOINT_EVERY=5)
     with pytest.raises(FloatingPointError, match="step 10: the loss was not finite in 4 steps in a row"):
         train.main()
@@ -709,11 +708,8 @@ def test_mirroring_turns_half_of_the_images_alike_for_any_number_of_ranks(monkey
     assert np.array_equal(np.concatenate([train.batch_indices(2, 1000, rank, 4) for rank in range(4)]), mirrored)
 
 
-def test_mirroring_without_mirrored_latents_is_refused(small_run, data_dir, tmp_path):
-    folder = shutil.copytree(data_dir, tmp_path / "latents")
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(dict(meta, vae=dict(name="stabilityai/sd-vae-ft-mse", scale=0.18215))))
-    run = small_run(DATA_DIR=str(folder), MIRROR=True)
+def test_mirroring_without_mirrored_latents_is_refused(small_run, latents_dir):
+    run = small_run(DATA_DIR=str(latents_dir), MIRROR=True)
     with pytest.raises(ValueError, match="holds no latents of mirrored images; prepare it again with"):
         train.main()
     assert not run.exists()
@@ -724,6 +720,29 @@ def test_labels_are_dropped_as_often_as_asked(monkeypatch):
     *_, t, drop = train.draw_noise(0, (1, 1, 1), 0, 1, "cpu")
     assert (drop < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert t.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pixels_train_to_the_same_bits_as_when_they_were_stored_in_float16(mode, small_run, tmp_path, monkeypatch):
+    """A new folder, one of an earlier version, and float16 pixels read as such: means without a deviation."""
+    sheet = Image.open(ROOT / "data/fashion_mnist_test.png").crop((0, 0, 20 * 28, 10 * 28))
+    rgb = Image.merge("RGB", (sheet, sheet.rotate(180), sheet.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+    (rgb if mode == "RGB" else sheet).save(tmp_path / "sheet.png")
+    new, old, means = (tmp_path / name for name in ("new", "old", "means"))
+    set_constants(monkeypatch, prepare_latents, SOURCE=str(tmp_path / "sheet.png"), DATA_DIR=str(new), IMAGE_SIZE=28,
+                  VAE=None, WORKERS=0)
+    prepare_latents.main()
+    x = train.sample_latents(prepare_latents.PreparedDataset(new)[np.arange(4)][0], None, None)
+    assert x.is_contiguous()  # as float16 lay on the disk: GPUs choose their kernels by it
+    with_latents(new, old)
+    with_latents(new, means, vae=dict(name="of/tests", scale=1.0))
+    states = []
+    for folder in (new, old, means):
+        small_run(DATA_DIR=str(folder), RUN_DIR=f"{folder}_run", WORKERS=1 if folder is new else 0)
+        train.main()
+        states.append(final_state(train.RUN_DIR))
+    assert_same_state(states[0], states[1])
+    assert_same_state(states[0], states[2])
 
 
 @pytest.mark.parametrize("constants, message", [
@@ -995,8 +1014,8 @@ def test_wandb(small_run, monkeypatch, tmp_path, capsys):
         train.main()
 
 
-def test_half_written_data_set_is_refused(small_run, data_dir, tmp_path):
-    folder = copy_without_images(data_dir, tmp_path / "d")
+def test_half_written_data_set_is_refused(small_run, latents_dir, tmp_path):
+    folder = copy_without_images(latents_dir, tmp_path / "d")
     small_run(DATA_DIR=folder)
     with pytest.raises(ValueError, match="images.bin: 0 bytes, meta.json says"):
         train.main()
