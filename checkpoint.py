@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model import MODELS, make_network
+from model import JiT, MODELS, make_network
 from prepare_latents import lock_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
@@ -303,12 +303,13 @@ def check_memory(model, teacher, captions, share, parts, shards, precision, devi
     allocated 0.99 to 1.09 of them.
 
     Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
-    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens; in phase
-    I both attentions, two layers of the projector and the features too.
+    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens, JiT's 48;
+    in phase I both attentions, two layers of the projector and the features too.
     Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
     """
     (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
-    kept = 5.5 if model.activation_checkpointing else 37 if precision == torch.bfloat16 else 80
+    of_a_value = 48 if isinstance(model, JiT) else 37
+    kept = 5.5 if model.activation_checkpointing else of_a_value if precision == torch.bfloat16 else 80
     of_an_image = kept * sum(tokens_per_block(model, captions)) * D
     fixed = weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)
     if teacher is not None:

@@ -1,5 +1,5 @@
-"""Trains a SiT, or an MMDiT on captions, with HASTE (arXiv 2505.16792): phase I aligns it with a frozen teacher, phase
-II is plain training.
+"""Trains a SiT, an MMDiT on captions or a JiT on pixels with HASTE (arXiv 2505.16792): phase I aligns it with a frozen
+teacher, phase II is plain training.
 
     python train.py                                  # one GPU, or a CPU
     torchrun --nproc_per_node=8 train.py             # eight GPUs
@@ -45,7 +45,7 @@ WORKERS = 8  # processes per GPU that read batches; 0: none but this one
 MIRROR = False  # show each image mirrored with probability 0.5; for latents, set prepare_latents.MIRROR first
 SEED = 0
 # model
-MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions
+MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions, a JiT predicts pixels
 PATH = "linear"  # interpolant: "linear" or "cosine"
 LABEL_DROPOUT = 0.1  # probability of training on "no label", or the empty caption, for classifier-free guidance
 TIMES = "uniform"  # at which to train; or (mean, std) of a logit-normal: (0.0, 1.0) favours the middle, SD3's
@@ -73,8 +73,7 @@ CONFLICT_BELOW = -0.05  # "conflict" ends phase I when their mean falls below: t
 STEPS = 500_000  # 100 epochs of ImageNet
 BATCH_SIZE = 256  # images per step over all GPUs
 MICRO_BATCHES = 1  # gradient accumulation: parts in which each GPU computes its share of the batch
-LEARNING_RATE = 1e-4  # constant, but for
-WARMUP_STEPS = 0  # in which it rises to that in a line
+LEARNING_RATE, WARMUP_STEPS = 1e-4, 0  # constant, after steps in which it rises in a line
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.0
 GRAD_CLIP = 1.0  # largest gradient norm
@@ -232,8 +231,10 @@ def draw_noise(step, shape, rank, world, device, stream=1):
 
 def spread_times(u):
     """Times t [B] in 0..1 of uniform draws u, as TIMES and TIME_SHIFT say (SD3, arXiv 2403.03206)."""
-    t = u if TIMES == "uniform" else torch.sigmoid(TIMES[0] + TIMES[1] * torch.special.ndtri(u))
-    return TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
+    t = u
+    if TIMES != "uniform":  # quantiles of the normal distribution, in float64 for those far out
+        t = torch.sigmoid(TIMES[0] + TIMES[1] * 2**0.5 * torch.erfinv(2 * u.double() - 1)).float()
+    return t if TIME_SHIFT == 1 else TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
 
 
 def sample_latents(moments, noise, vae_meta):
@@ -249,7 +250,6 @@ def sample_latents(moments, noise, vae_meta):
 def shard(model, device, world, shards, dtype):
     """Spreads the model over all processes (FSDP2), gathered in `dtype` for its use four blocks at a time: of single
     ones the CPU makes too much work. Weights are float32, as are gradients once they are summed.
-
     Each group of `shards` neighbouring ranks holds the weights once; this rank's group is returned.
     """
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
@@ -367,7 +367,6 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
                         for t in CONFLICT_TIMES]).mean()
     if dist.is_initialized():
         model.set_reshard_after_forward(SHARDING == "zero3")
-    if world > 1:
         dist.broadcast(mean, 0)
     return mean.item()
 
@@ -429,6 +428,7 @@ def main():
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
         align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
+    times_of = torch.compile(spread_times, fullgraph=True, dynamic=False) if COMPILE else spread_times
     shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
     # over several nodes sharded inside each, replicated between them; on one GPU, gathered is once cast to bf16
     sharded = dist.is_initialized()
@@ -496,7 +496,7 @@ def main():
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
         posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
-        t, y = spread_times(t), torch.where(drop < LABEL_DROPOUT, null, labels)
+        t, y = times_of(t), torch.where(drop < LABEL_DROPOUT, null, labels)
 
         torch.manual_seed(seed_from(SEED, 7, step, rank))  # of a JiT's dropout
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
