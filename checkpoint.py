@@ -271,7 +271,7 @@ def load_model(path, average=None):
             AttributeError) as error:
         if unexpected:
             raise ValueError(f"{path}: not a SiT checkpoint (unexpected keys {', '.join(map(str, unexpected[:3]))}); "
-                             f"set CHECKPOINT to one of SiT, REPA, HASTE or of a run") from error
+                             f"set CHECKPOINT to one of SiT, REPA, HASTE, JiT or of a run") from error
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
                          f"set CHECKPOINT to another") from error
     return model.eval().requires_grad_(False), settings

@@ -836,9 +836,9 @@ VARIANT = dict(MODEL="JiT-T/4", TIMES=(0.8, 0.8), TIME_SHIFT=1.5, NOISE_SCALE=2.
                PREVIEW_GRID=(2, 2), PREVIEW_STEPS=2, MIRROR=True)
 
 
-def test_jit_trains_through_the_switch_and_resumes_bit_exact_after_kills(run_process, tmp_path, monkeypatch):
+def test_jit_trains_through_the_switch_and_resumes_bit_exact_after_a_kill(run_process, tmp_path, monkeypatch):
     dropout = "from model import MODELS; MODELS['JiT-T/4']['dropout'] = 0.2"
-    for folder, kills in (("whole", ()), ("killed", (3, 9))):
+    for folder, kills in (("whole", ()), ("killed", (5,))):
         for at in kills:
             assert run_process(tmp_path / folder, signal.SIGKILL, at, extra=dropout, **VARIANT).returncode == -signal.SIGKILL
         ended = run_process(tmp_path / folder, extra=dropout, **VARIANT)
