@@ -817,11 +817,11 @@ def test_a_run_keeps_what_shapes_it(small_run, constant, first, second):
     train.main()
 
 
-def test_the_learning_rate_rises_to_its_value(small_run):
+def test_the_learning_rate_rises_to_its_value(small_run, tmp_path):
     """AdamW's first steps move each weight by the learning rate, whatever its gradient: by 1/3, 2/3 and 3/3 of it."""
     moved = []
     for warmup in (0, 2):
-        run = small_run(RUN_DIR=f"{train.RUN_DIR}{warmup}", WARMUP_STEPS=warmup, BETAS=(0.0, 0.0), ALIGN_STEPS=0, STEPS=4,
+        run = small_run(RUN_DIR=str(tmp_path / str(warmup)), WARMUP_STEPS=warmup, BETAS=(0.0, 0.0), ALIGN_STEPS=0, STEPS=4,
                         CHECKPOINT_EVERY=1, CHECKPOINTS_KEPT=4)
         train.main()
         biases = [final_state(run, step)["model"]["final_layer.linear.bias"] for step in range(1, 5)]
