@@ -202,7 +202,8 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     monkeypatch.setattr(emoji_data, "write_text_encoder", lambda: None)  # those in the small packages are no networks
     set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, NEW=2, RESULTS=tmp_path / "emoji.csv",
                   STUDENT=dict(depth=4, hidden_size=24, num_heads=2),
-                  RUNS={"plain": dict(ALIGN_STEPS=0), "aligned": dict(KEEP_EVERY=1, CHECKPOINT_EVERY=1)})
+                  RUNS={"plain": dict(ALIGN_STEPS=0, WARMUP_STEPS=0),
+                        "aligned": dict(KEEP_EVERY=1, CHECKPOINT_EVERY=1, WARMUP_STEPS=0)})
     set_constants(monkeypatch, compare, PROCESSES=1)
     emoji.main()
     with open("emoji.csv", newline="") as file:
