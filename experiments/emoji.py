@@ -28,9 +28,9 @@ from teacher import load_network, preprocess
 OUT = "out/emoji"
 RESULTS = compare.HERE / "emoji.csv"
 SEEDS = (0, 1, 2)
-STEPS = (750, 1500, 3000)  # at which samples are judged; the last ends the runs
-RUNS = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "aligned": dict(KEEP_EVERY=750)}
-STOPS = (750, 1500)
+STEPS = (1500, 3000)  # at which samples are judged; the last ends the runs
+RUNS = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "aligned": dict(KEEP_EVERY=1500)}
+STOPS = (1500,)
 STUDENT = {}  # what differs from MMDiT-T/4
 SEEN = 192  # captions of training pictures that are drawn and judged, evenly spaced
 NEW = 3  # samples of each held-out caption
@@ -70,9 +70,8 @@ def settings(folder, seed, changes):
     train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 16  # aligned to the end
     train.LEARNING_RATE, train.WARMUP_STEPS, train.BETAS, train.EMA_DECAY = 1e-3, 100, (0.9, 0.99), 0.997
     train.TIMES, train.COMPILE = (0.4, 1.0), False
-    steps = STEPS[0]
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = steps, steps, 1, 0
-    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, steps, steps, 256
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 750, 750, 1, 0
+    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 750, 750, 256
     for name, value in changes.items():
         setattr(train, name, value)
     sample.RUN_DIR, sample.PROMPTS, sample.BATCH_SIZE = str(folder), prompts()[0], 100
@@ -119,7 +118,8 @@ def write_real(out):
 
 def draw_sheet():
     """FIGURE, by HASTE of the first seed."""
-    settings(f"{OUT}/stopped at {STOPS[-1]}/{SEEDS[0]}", SEEDS[0], {})
+    run = [*RUNS, *(f"stopped at {stop}" for stop in STOPS)][-1]
+    settings(f"{OUT}/{run}/{SEEDS[0]}", SEEDS[0], {})
     sample.OUT, sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = f"{OUT}/sheet", 0, list(PROMPTS), (len(PROMPTS), 8)
     sample.CHECKPOINT = None
     sample.main()

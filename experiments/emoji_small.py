@@ -1,4 +1,5 @@
-"""emoji.py in a reduced form: the first half of its first seed, whose distances it sets beside the committed ones.
+"""emoji.py in a reduced form: the first half of its first seed, where nothing has stopped yet; the distances are set
+beside the committed ones.
 
     pip install -r requirements-text.txt
     PYTHONPATH=. python experiments/emoji_small.py
@@ -13,8 +14,7 @@ from prepare_latents import run_script
 
 def main():
     emoji.OUT, emoji.RESULTS, emoji.FIGURE = (f"out/emoji_small{end}" for end in ("", "/results.csv", "/emoji.png"))
-    emoji.SEEDS, emoji.STEPS, emoji.STOPS = (0,), (750, 1500), (750,)
-    del emoji.RUNS["features"]
+    emoji.SEEDS, emoji.STEPS, emoji.STOPS = (0,), (1500,), ()
     emoji.main()
     beside(draw.read(emoji.RESULTS)[0], draw.read(compare.HERE / "emoji.csv")[0])
 
