@@ -97,7 +97,7 @@ def scale_at(t, cfg_scale, guidance, open_ends=False):
     """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, 1 outside. Its ends belong to it,
     unless they are open: then all but t = 1 do not."""
     low, high = guidance
-    inside = (t > low) & (t < high) | (t == high == 1) if open_ends else (t >= low) & (t <= high)
+    inside = (t > low) & ((t < high) | (high == 1)) if open_ends else (t >= low) & (t <= high)
     return torch.where(inside, cfg_scale, 1.0)
 
 

@@ -138,9 +138,9 @@ def finished(name, seed):
 def run_all(constants):
     """All runs, PROCESSES at a time; one that stops begins when its aligned run is done. A stop lets those that run
     save, then ends the program."""
-    jobs = [(name, seed, RUNS[name], None) for seed in SEEDS for name in sorted(RUNS, key="aligned".__ne__)]
+    jobs = [(name, seed, RUNS[name], None) for name in sorted(RUNS, key="aligned".__ne__) for seed in SEEDS]
     jobs += [(f"stopped at {stop}", seed, RUNS["aligned"] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), stop)
-             for seed in SEEDS for stop in STOPS]
+             for stop in STOPS for seed in SEEDS]
     jobs.sort(key=lambda job: SEEDS.index(job[1]))  # seed by seed
     jobs, running = [job for job in jobs if not finished(*job[:2])], {}  # running: by the handle that tells a run's end
     try:

@@ -59,7 +59,7 @@ def branch():
 
 
 def judge():
-    """Against ADM's statistics of ImageNet; JiT's own are of other crops, so its figures are near, not the same."""
+    """Against ADM's statistics of ImageNet; JiT is judged by statistics of its own, so figures do not quite compare."""
     for name in RUNS:
         sample.RUN_DIR = RUN.format(name)
         for epoch in JUDGED:

@@ -71,7 +71,7 @@ def test_losses_equal_the_published_call_at_256_tokens(golden):
     torch.testing.assert_close(loss, z["feature_loss"], **tolerance)
 
 
-def test_ireaps_normalisation_and_losses_equal_the_reference(golden, monkeypatch):
+def test_irepas_normalisation_and_losses_equal_the_reference(golden, monkeypatch):
     z, _, meta = golden("irepa")
     allowed = meta["tolerance"]
     for gamma in ("0.6", "0.8", "1.0"):
