@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import fashion_mnist_networks
@@ -38,9 +39,9 @@ RUNS = {  # what differs from the settings below
     "plain": dict(ALIGN_STEPS=0),
     "features": dict(ATTENTION_WEIGHT=0),  # REPA
     "attention": dict(FEATURE_WEIGHT=0),
-    "aligned": dict(KEEP_EVERY=500),  # HASTE that never stops; those that stop begin at what is kept of it
+    "aligned": dict(KEEP_EVERY=500),  # HASTE that never stops; runs that stop begin at what is kept of it
 }
-STOPS = (1000, 2000)  # HASTE: "aligned" to this step, then plain
+STOPPED, STOPS = ("aligned",), (1000, 2000)  # HASTE: these runs to this step, then plain
 IMAGES = 1000  # samples judged, class by class
 PROCESSES = 2  # runs at a time, which share the cores
 COLUMNS = ("run", "seed", "step", "distance", "precision", "recall", "teacher_distance", "denoising_loss",
@@ -61,7 +62,7 @@ def settings(folder, seed, changes):
     train.FEATURE_WEIGHT = train.ATTENTION_WEIGHT = 0.5
     train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 32  # aligned to the end
     train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = STEPS[0], 500, 1, 0
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 10, 500, 1, 0
     train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 500, 500, 256
     for name, value in changes.items():
         setattr(train, name, value)
@@ -93,18 +94,23 @@ def start_from(before, folder, step):
         os.replace(Path(folder, f"{place}.copy"), Path(folder, place))
 
 
-def run(name, seed, changes, stop=None):
+def stopped_runs():
+    """{name: (the run that it is until it stops, the step of that)}"""
+    return {f"{run}, stopped at {stop}".removeprefix("aligned, "): (run, stop) for run in STOPPED for stop in STOPS}
+
+
+def run(name, seed, changes, before=None, stop=0):
     """Trains one run to each of STEPS in turn and judges it there. With `stop` it goes on, as plain SiT, from what the
-    aligned run was at that step: to the bit what it had been, had it been trained so from the start."""
-    folder, before = Path(OUT, name, str(seed)), Path(OUT, "aligned", str(seed))
+    run `before` was at that step: to the bit what it had been, had it been trained so from the start."""
+    folder = Path(OUT, name, str(seed))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
         SETTINGS(folder, seed, changes)
         if stop:
-            start_from(before, folder, stop)
+            start_from(Path(OUT, before, str(seed)), folder, stop)
         for step in STEPS:
             result = folder / f"{step}.json"
-            if result.exists() or step <= (stop or 0):
+            if result.exists() or step <= stop:
                 continue
             train.STEPS = step
             train.main()
@@ -114,7 +120,8 @@ def run(name, seed, changes, stop=None):
             row = dict(run=name, seed=seed, step=step, **JUDGE(sample.OUT, folder / f"{step}"))
             with open(folder / "log.csv", newline="") as file:
                 logged = {int(line["step"]): line for line in csv.DictReader(file)}
-            row["denoising_loss"] = float(logged[step]["denoising_loss"])  # mean over the last STEPS[0] steps
+            row["denoising_loss"] = np.mean([float(line["denoising_loss"]) for at, line in logged.items()
+                                             if step - STEPS[0] < at <= step])
             aligned = {at: line["gradient_cosine"] for at, line in logged.items() if line["phase"] == "1"}
             row["gradient_cosine"] = aligned.get(step, "")
             row["conflict_step"] = next((at for at, cosine in aligned.items()  # at which TRIGGER "conflict" stops
@@ -136,20 +143,21 @@ def finished(name, seed):
 
 
 def run_all(constants):
-    """All runs, PROCESSES at a time; one that stops begins when its aligned run is done. A stop lets those that run
+    """All runs, PROCESSES at a time; one that stops begins when the run before is done. A stop lets those that run
     save, then ends the program."""
-    jobs = [(name, seed, RUNS[name], None) for name in sorted(RUNS, key="aligned".__ne__) for seed in SEEDS]
-    jobs += [(f"stopped at {stop}", seed, RUNS["aligned"] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), stop)
-             for stop in STOPS for seed in SEEDS]
-    jobs.sort(key=lambda job: SEEDS.index(job[1]))  # seed by seed
+    jobs = []
+    for seed in SEEDS:  # seed by seed, first the runs that others begin as
+        jobs += [(name, seed, RUNS[name], None, 0) for name in sorted(RUNS, key=lambda name: name not in STOPPED)]
+        jobs += [(name, seed, RUNS[before] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), before, stop)
+                 for name, (before, stop) in stopped_runs().items()]
     jobs, running = [job for job in jobs if not finished(*job[:2])], {}  # running: by the handle that tells a run's end
     try:
         while jobs or running:
-            for name, seed, changes, stop in jobs[:]:
-                if len(running) < PROCESSES and (not stop or finished("aligned", seed)):
-                    jobs.remove((name, seed, changes, stop))
-                    process = get_context("spawn").Process(target=run_in_process,
-                                                           args=(constants, name, seed, changes, stop))
+            for job in jobs[:]:
+                name, seed, _, before, _ = job
+                if len(running) < PROCESSES and (not before or finished(before, seed)):
+                    jobs.remove(job)
+                    process = get_context("spawn").Process(target=run_in_process, args=(constants, *job))
                     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, who pass it on
                     process.start()
                     signal.signal(signal.SIGINT, handler)
@@ -168,9 +176,8 @@ def run_all(constants):
             process.join()
 
 
-@prepare_latents.ends_in_one_line
-def main():
-    # data, and the floor: as many real images as samples, which no run has seen
+def prepare():
+    """The images to train on, and others, which no run sees."""
     Path(OUT).mkdir(parents=True, exist_ok=True)
     if not SOURCE:
         fashion_mnist_networks.NETWORKS = {}  # the images alone
@@ -180,6 +187,12 @@ def main():
         if source:
             prepare_latents.SOURCE, prepare_latents.DATA_DIR = source, folder
             prepare_latents.main()
+
+
+@prepare_latents.ends_in_one_line
+def main():
+    prepare()
+    # the floor: as many real images as samples
     collect([dict(run="real images", **judge(f"{OUT}/test", f"{OUT}/real"))])
 
 
@@ -191,11 +204,11 @@ def collect(rows):
     run_all({module: {name: value for name, value in vars(sys.modules[module]).items() if name.isupper()}
              for module in ("compare", *FILES)})
 
-    # until its stop a run is the aligned one
-    for name, stop in (dict.fromkeys(RUNS, 0) | {f"stopped at {stop}": stop for stop in STOPS}).items():
+    # until it stops a run is the one before
+    for name, (before, stop) in (dict.fromkeys(RUNS, (None, 0)) | stopped_runs()).items():
         for seed in SEEDS:
             for step in STEPS:
-                judged = Path(OUT, "aligned" if step <= stop else name, str(seed), f"{step}.json")
+                judged = Path(OUT, before if step <= stop else name, str(seed), f"{step}.json")
                 rows.append(dict(json.loads(judged.read_text()), run=name))
     with open(RESULTS, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -1,6 +1,6 @@
-"""Draws what compare.py and late.py measured: a figure of distance against steps, tables, and what follows from them.
+"""Draws what compare.py, late.py and emoji.py measured: distance against steps, tables, and what follows from them.
 
-    PYTHONPATH=. python experiments/draw.py       # writes data/compare.png; needs matplotlib
+    PYTHONPATH=. python experiments/draw.py       # writes the figures of FIGURES; needs matplotlib
 
 Every figure is the mean over seeds with the spread (lowest to highest) behind it.
 """
@@ -12,12 +12,19 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-PANELS = {HERE / "compare.csv": "student of 8 blocks of width 128", HERE / "late.csv": "4 blocks of width 64"}
-FIGURE = "data/compare.png"
-SHOWN = {"plain": "plain SiT", "features": "features (REPA)", "attention": "attention alone",
-         "aligned": "features and attention, to the end",
-         "stopped at 2000": "features and attention until step 2,000 (HASTE)"}
-HASTE = "stopped at 2000"
+FIGURES = {  # a file: its panels, and which run is HASTE
+    "data/compare.png": ({"student of 8 blocks of width 128": HERE / "compare.csv",
+                          "4 blocks of width 64": HERE / "late.csv"}, "stopped at 2000"),
+    "data/emoji_distance.png": ({"text to image, MMDiT of 6 blocks of width 192": HERE / "emoji.csv"},
+                                "stopped at 1500"),
+}
+SHOWN = {"plain": "plain", "features": "features (REPA)", "attention": "attention alone",
+         "aligned": "features and attention, to the end"}
+TICKS = np.array([4, 6, 10, 15, 20, 25, 30, 40, 60, 100])  # of distances
+REST = {"precision": "precision", "recall": "recall", "teacher_distance": "teacher's features"}
+FOLLOWED = {"seen_group": "seen: group", "seen_style": "style", "seen_tone": "tone",
+            "new_style_group": "held-out style: group", "new_style_style": "style",
+            "new_tone_group": "held-out tone: group", "new_tone_style": "style", "new_tone_tone": "tone"}
 
 
 def read(path):
@@ -46,11 +53,11 @@ def spread(numbers, digits=2):
     return f"{numbers.mean():.{digits}f} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
 
 
-def speed_up(runs, seed, step):
+def speed_up(runs, haste, seed, step):
     """Steps that plain SiT needs to reach HASTE's distance at `step`, by that step; None: it does not reach it.
 
     Between two steps at which it was judged, log distance is taken as linear in log steps."""
-    wanted = float(runs[HASTE][seed][step]["distance"])
+    wanted = float(runs[haste][seed][step]["distance"])
     steps = sorted(runs["plain"][seed])
     distances = [float(runs["plain"][seed][each]["distance"]) for each in steps]
     for (a, b), (high, low) in zip(zip(steps, steps[1:]), zip(distances, distances[1:])):
@@ -60,36 +67,38 @@ def speed_up(runs, seed, step):
     return None
 
 
-def draw(panels):
-    """One panel for each of {title: runs}."""
+def draw(panels, haste, file):
+    """One panel for each of {title: runs}, into a file."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, row = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), sharey=True, squeeze=False,
                                   layout="constrained")
-    colors = {run: f"C{i}" for i, run in enumerate(SHOWN)}
+    shown = SHOWN | {haste: f"features and attention until step {int(haste.split()[-1]):,} (HASTE)"}
+    colors = {run: f"C{i}" for i, run in enumerate(shown)}
     for axes, (title, runs) in zip(row[0], panels.items()):
         steps = judged_at(runs)
-        for run in (run for run in SHOWN if run in runs):
+        for run in (run for run in shown if run in runs):
             numbers = np.stack([values(runs, run, step) for step in steps])
-            axes.plot(steps, numbers.mean(axis=1), "--" if run == HASTE else "-", color=colors[run], marker="o",
-                      markersize=3, label=SHOWN[run])
+            axes.plot(steps, numbers.mean(axis=1), "--" if run == haste else "-", color=colors[run], marker="o",
+                      markersize=3, label=shown[run])
             axes.fill_between(steps, numbers.min(axis=1), numbers.max(axis=1), color=colors[run], alpha=0.2)
-        axes.axvline(int(HASTE.split()[-1]), color=colors[HASTE], linestyle="--", linewidth=0.8)
+        axes.axvline(int(haste.split()[-1]), color=colors[haste], linestyle="--", linewidth=0.8)
         axes.set(title=title, xscale="log", yscale="log", xlabel="training steps")
         axes.set_xticks(steps, [f"{step:,}" for step in steps])
-        axes.set_yticks([4, 6, 10, 15])
+        low, high = axes.get_ylim()
+        axes.set_yticks(TICKS[(TICKS > low) & (TICKS < high)])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
     row[0][0].set_ylabel("Fréchet distance, judge's features")
     row[0][0].legend(fontsize=8)
-    figure.savefig(FIGURE, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def table(runs, floor):
     """Markdown: a row per run with the distance at each step, and at the last one what else was measured."""
-    steps, rest = judged_at(runs), ("precision", "recall", "teacher_distance")
-    print("| run | " + " | ".join(f"{step:,} steps" for step in steps) + " | precision | recall | teacher's features |")
+    steps, rest = judged_at(runs), {key: name for key, name in REST.items() if floor.get(key)}
+    print(f"| run | {' | '.join(f'{step:,} steps' for step in steps)} | {' | '.join(rest.values())} |")
     print("|---|" + "---|" * (len(steps) + len(rest)))
     for run in runs:
         cells = [spread(values(runs, run, step)) for step in steps]
@@ -97,14 +106,21 @@ def table(runs, floor):
         print(f"| {run} | " + " | ".join(cells) + " |")
     print("| real images |" + " |" * (len(steps) - 1)
           + "".join(f" {float(floor[key]):.2f} |" for key in ("distance", *rest)))
+    if "seen_group" in floor:
+        print("\n| % that the judge sees, last step | " + " | ".join(FOLLOWED.values()) + " |")
+        print("|---|" + "---|" * len(FOLLOWED))
+        for run in runs:
+            cells = [spread(100 * values(runs, run, steps[-1], key), 0) for key in FOLLOWED]
+            print(f"| {run} | " + " | ".join(cells) + " |")
+        print("| real images | " + " | ".join(f"{100 * float(floor[key]):.0f}" for key in FOLLOWED) + " |")
 
 
-def conclusions(runs):
+def conclusions(runs, haste):
     """Ratios and speed-up, losses, the last step, and what the gradients' conflict would have done."""
     steps, seeds = judged_at(runs), sorted(runs["plain"])
     for step in steps:
-        ratio = values(runs, HASTE, step) / values(runs, "plain", step)
-        ups = [speed_up(runs, seed, step) for seed in seeds]
+        ratio = values(runs, haste, step) / values(runs, "plain", step)
+        ups = [speed_up(runs, haste, seed, step) for seed in seeds]
         print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
               + ", ".join(f"more than {steps[-1] / step:.2f}" if up is None else f"{up:.2f}" for up in ups))
     last = steps[-1]
@@ -127,13 +143,14 @@ def conclusions(runs):
 
 
 def main():
-    panels = {}
-    for path, title in PANELS.items():
-        panels[title], floor = read(path)
-        print(f"\n{title}")
-        table(panels[title], floor)
-        conclusions(panels[title])
-    draw(panels)
+    for file, (results, haste) in FIGURES.items():
+        panels = {}
+        for title, path in results.items():
+            panels[title], floor = read(path)
+            print(f"\n{title}")
+            table(panels[title], floor)
+            conclusions(panels[title], haste)
+        draw(panels, haste, file)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def settings(folder, seed, changes):
     train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 16  # aligned to the end
     train.LEARNING_RATE, train.WARMUP_STEPS, train.BETAS, train.EMA_DECAY = 1e-3, 100, (0.9, 0.99), 0.997
     train.TIMES, train.COMPILE = (0.4, 1.0), False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 750, 750, 1, 0
+    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 10, 750, 1, 0
     train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 750, 750, 256
     for name, value in changes.items():
         setattr(train, name, value)
@@ -118,7 +118,7 @@ def write_real(out):
 
 def draw_sheet():
     """FIGURE, by HASTE of the first seed."""
-    run = [*RUNS, *(f"stopped at {stop}" for stop in STOPS)][-1]
+    run = [*compare.RUNS, *compare.stopped_runs()][-1]
     settings(f"{OUT}/{run}/{SEEDS[0]}", SEEDS[0], {})
     sample.OUT, sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = f"{OUT}/sheet", 0, list(PROMPTS), (len(PROMPTS), 8)
     sample.CHECKPOINT = None
