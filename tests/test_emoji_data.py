@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from PIL import Image
 import compare
 import emoji
 import emoji_data
+import irepa
 import model
+import pixels
 
 THINGS = {"red apple": "1F34E", "taco": "1F32E", "pizza": "1F355", "piñata": "1FA85", "hot dog": "1F32D",
           "two o’clock": "1F551"}
@@ -222,3 +225,51 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     emoji.main()
     with open("emoji.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
+
+
+@pytest.mark.slow
+def test_the_experiments_in_pixels_in_short(packages, restored, monkeypatch, tmp_path):
+    """A JiT and a SiT of 64 pixels, judged by a network that sees all of them; iREPA's parts, every run of it stopped."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "velocity"):
+        monkeypatch.setitem(model.MODELS, name, None)  # taken back afterwards
+    (tmp_path / "data").mkdir()
+    for name in ("teacher", "judge"):
+        shutil.copy(ROOT / emoji_data.WEIGHTS.format(name), "data")
+    *folders, constants = emoji_data.NETWORKS["judge"]
+    monkeypatch.setitem(emoji_data.NETWORKS, "judge", (*folders, dict(constants, EPOCHS=1)))
+    set_constants(monkeypatch, emoji_data, OUT="data/emoji")
+    monkeypatch.setattr(emoji_data, "write_text_encoder", lambda: None)
+    set_constants(monkeypatch, compare, SEEDS=(3,), STOPPED=("aligned",))
+    short = dict(CHECKPOINT_EVERY=2, CONFLICT_EVERY=0, LOG_EVERY=1)
+    set_constants(monkeypatch, pixels, RESULTS=tmp_path / "pixels.csv", STEPS=(2, 4), STOPS=(2,), IMAGES=1, REFERENCE=3,
+                  RUNS={"velocity": dict(pixels.RUNS["velocity"], **short),
+                        "aligned": dict(short, KEEP_EVERY=2)})
+    pixels.main()
+
+    def read(path):
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    rows = read("pixels.csv")
+    assert [(row["run"], row["step"]) for row in rows] == [("real images", "")] + [
+        (run, step) for run in ("velocity", "aligned", "stopped at 2") for step in "24"]
+    assert float(rows[0]["distance"]) < min(float(row["distance"]) for row in rows[1:])
+    assert pixels.classes() == emoji.PreparedDataset("data/emoji/prepared/teacher").classes
+    with np.load("out/pixels/aligned/3/samples_4/samples.npz") as file:
+        assert file["arr_0"].shape == (len(pixels.classes()), 64, 64, 3)
+    header = json.loads(Path("out/pixels/velocity/3/settings.json").read_text())
+    assert header["MODEL"] == "velocity" and header["TIMES"] == [0.8, 0.8]
+
+    assert [loss + part for loss in irepa.LOSSES for part in irepa.PARTS] == [
+        "features", "features conv", "features norm", "features conv norm", "aligned", "aligned conv", "aligned norm",
+        "aligned conv norm"]
+    set_constants(monkeypatch, irepa, STOP=2, STEPS=4, LOSSES={"features": dict(ATTENTION_WEIGHT=0)},
+                  PARTS={" conv norm": dict(irepa.PARTS[" conv norm"], **short)})
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    irepa.in_pixels()
+    assert [row["run"] for row in read("irepa_pixels.csv")][1::2] == [
+        "plain", "features conv norm", "features conv norm, stopped at 2"]
+    settings = json.loads(Path("out/irepa_pixels/features conv norm/3/settings.json").read_text())
+    assert (settings["PROJECTOR"], settings["SPATIAL_NORM"], settings["ATTENTION_WEIGHT"]) == ("conv", 0.6, 0)

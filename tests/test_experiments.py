@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, set_constants, small_constants
 from PIL import Image
@@ -17,7 +18,9 @@ import imagenet512
 import jit
 import late
 import model
+import pixels
 import prepare_latents
+import release
 import sample
 import train
 
@@ -82,6 +85,49 @@ def run_parts(monkeypatch, experiment, *parts):
         experiment.main()
 
 
+def test_plateau_fires_where_the_reference_says():
+    golden = json.loads((ROOT / "tests/golden/plateau.json").read_text())
+    decays = golden["meta"]["parameters"]
+    for name, series in golden["series"].items():
+        residuals = (1 + np.array(series["feature_loss"])) / 2
+        fires, averages = release.plateau(residuals, **decays)
+        assert fires == series["fires_at"], name
+        for step, each in series["averages"].items():
+            error = np.abs(averages[:, int(step) - 1] - (each["slow"], each["fast"])).max()
+            assert error < golden["meta"]["tolerance"]["averages"]
+
+
+def test_corrected_averages_are_those_of_what_there_was_alone():
+    residuals = np.random.default_rng(0).random(50)
+    _, averages = release.plateau(residuals, 0.95, 0.8, 10, corrected=True)
+    for step in (1, 7, 50):
+        for average, decay in zip(averages, (0.95, 0.8)):
+            weights = decay ** np.arange(step)[::-1]
+            assert average[step - 1] == pytest.approx((weights * residuals[:step]).sum() / weights.sum())
+
+
+@pytest.mark.slow
+def test_release_in_short(restored, monkeypatch, tmp_path, capsys):
+    """Measures each comparison's aligned run at every time, in every block; of runs that are done nothing is made anew."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
+    set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SEEDS=(7,), PROCESSES=1)
+    layers = dict(late.LAYERS, LOG_EVERY=2, CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=32)
+    set_constants(monkeypatch, release, OUT=str(tmp_path / "out"), RESULTS=tmp_path / "release.csv", TIMES=(0.1, 0.9),
+                  COMPARISONS={"late": (compare.prepare, compare.settings, late.STUDENT, layers, 8, (1, 3))}, WINDOWS=((4, 2),))
+    release.main()
+    with open(tmp_path / "release.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["block"], row["time"]) for row in rows if row["block"]] == [
+        (step, block, time) for step in "48" for block in "13" for time in ("0.1", "0.9")]
+    assert all(-1 < float(row["cosine"]) < 1 for row in rows if row["block"]) and len(rows) == 2 + 8
+    assert len({row["cosine"] for row in rows if row["block"]}) == 8
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| late, block")]
+    monkeypatch.setattr(compare, "run_in_process", None)
+    release.main()
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| late, block")] == said
+
+
 @pytest.mark.slow
 def test_the_jit_experiment_in_short(restored, monkeypatch, tmp_path, teacher_file):
     """Runs that stop go on from what is kept of the aligned one, and all are judged where they differ."""
@@ -116,6 +162,9 @@ def test_the_512_run_in_short(restored, monkeypatch, tmp_path, teacher_file, vae
     assert json.loads((tmp_path / "runs/haste-xl-512/fid.json").read_text())["sample_count"] == 8
 
 
+HASTE = "stopped at 2000"
+
+
 def results(path, distances):
     """A results file of one seed: {run: [distance at 100, 1000]}."""
     with open(path, "w", newline="") as file:
@@ -132,8 +181,8 @@ def results(path, distances):
 def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws with it")
     path = tmp_path / "results.csv"
-    set_constants(monkeypatch, draw, PANELS={path: "a student"}, FIGURE=str(tmp_path / "figure.png"))
-    distances = {"plain": (10, 2), "features": (8, 1.5), "aligned": (5, 1.25), draw.HASTE: (5, 1)}
+    set_constants(monkeypatch, draw, FIGURES={str(tmp_path / "figure.png"): ({"a student": path}, HASTE)})
+    distances = {"plain": (10, 2), "features": (8, 1.5), "aligned": (5, 1.25), HASTE: (5, 1)}
     results(path, distances)
     with open(path, "a", newline="") as file:
         csv.DictWriter(file, compare.COLUMNS).writerow(dict(run="real images", distance=0.24, precision=0.9, recall=0.8,
@@ -147,16 +196,16 @@ def test_draw_says_what_the_rows_say(monkeypatch, tmp_path, capsys):
     assert [line for line in said.splitlines() if "cosine" in line] == [
         "aligned: gradient cosine 100: 0.100 (0.100 to 0.100); 1,000: 0.100 (0.100 to 0.100); "
         "the conflict trigger stops at no step"]
-    assert f"{draw.HASTE} by the better of plain and aligned, seed by seed: step 100: 1.00; step 1,000: 0.80" in said
+    assert f"{HASTE} by the better of plain and aligned, seed by seed: step 100: 1.00; step 1,000: 0.80" in said
     table = [line.count("|") for line in said.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(distances) + 1 and len(set(table)) == 1
-    assert Image.open(draw.FIGURE).width > 500
+    assert Image.open(tmp_path / "figure.png").width > 500
 
 
 @pytest.mark.parametrize("haste, expected", [(10, 1.0), (1, 10.0), (10**0.5, 10**0.5), (0.5, None), (20, 1.0)])
 def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
-    runs = results(tmp_path / "results.csv", {"plain": (10, 1), draw.HASTE: (haste, haste)})
-    assert draw.speed_up(runs, 0, 100) == (expected if expected is None else pytest.approx(expected))
+    runs = results(tmp_path / "results.csv", {"plain": (10, 1), HASTE: (haste, haste)})
+    assert draw.speed_up(runs, HASTE, 0, 100) == (expected if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize("results", sorted((ROOT / "experiments").glob("*.csv")), ids=lambda path: path.stem)
@@ -173,7 +222,7 @@ def test_the_landing_page_shows_the_committed_means():
     smaller, _ = draw.read(ROOT / "experiments/late.csv")
     readme = (ROOT / "README.md").read_text()
     for run, name in (("plain", "plain SiT"), ("features", "features alone (REPA)"), ("attention", "attention alone"),
-                      ("aligned", "both, to the end"), (draw.HASTE, "both, stopped at 2,000 (HASTE)")):
+                      ("aligned", "both, to the end"), (HASTE, "both, stopped at 2,000 (HASTE)")):
         cells = [f"{draw.values(larger, run, step).mean():.2f}" for step in (1000, 3000)]
         cells.append(f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else "")
         assert " ".join(f"| {name} | {' | '.join(cells)} |".split()) in readme, name

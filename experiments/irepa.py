@@ -1,0 +1,51 @@
+"""iREPA's two parts, the projector of 3 x 3 convolutions ("conv") and the teacher's tokens normalised over each image
+("norm"), with features alone and with attention too, to the end and stopped.
+
+    PYTHONPATH=. python experiments/irepa.py fashion_mnist    # late.py's student: irepa.csv
+    PYTHONPATH=. python experiments/irepa.py pixels           # pixels.py's: irepa_pixels.csv
+
+One row per run, seed and step. Stopped or killed, the same command goes on.
+"""
+
+import compare
+import late
+import pixels
+from coco import run_part
+from prepare_latents import ends_in_one_line, run_script
+
+LOSSES = {"features": dict(ATTENTION_WEIGHT=0), "aligned": {}}
+PARTS = {"": {}, " conv": dict(PROJECTOR="conv"), " norm": dict(SPATIAL_NORM=0.6),
+         " conv norm": dict(PROJECTOR="conv", SPATIAL_NORM=0.6)}
+STOP, STEPS = 1000, 2000
+
+
+def settings(out, **changes):
+    """Sets compare.py's constants: every run to its end and stopped, and plain."""
+    compare.OUT, compare.STEPS, compare.STOPS = out, (STOP, STEPS), (STOP,)
+    runs = {loss + part: {**LOSSES[loss], **PARTS[part], **changes, "KEEP_EVERY": STOP}
+            for loss in LOSSES for part in PARTS}
+    compare.RUNS, compare.STOPPED = {"plain": dict(changes, ALIGN_STEPS=0), **runs}, tuple(runs)
+
+
+def fashion_mnist():
+    settings("out/irepa", **late.LAYERS)
+    compare.RESULTS, compare.STUDENT = compare.HERE / "irepa.csv", late.STUDENT
+    compare.main()
+
+
+@ends_in_one_line
+def in_pixels():
+    settings("out/irepa_pixels")
+    pixels.prepare()
+    compare.RESULTS = compare.HERE / "irepa_pixels.csv"
+    compare.SETTINGS, compare.JUDGE, compare.FILES = pixels.settings, pixels.judge, ("pixels", "emoji_data")
+    real = f"{pixels.OUT}/real"
+    compare.collect([dict(run="real images", **pixels.judge(real, real))])
+
+
+def main():
+    run_part(lambda: None, fashion_mnist=fashion_mnist, pixels=in_pixels)
+
+
+if __name__ == "__main__":
+    run_script(main)
