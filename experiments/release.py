@@ -4,7 +4,7 @@ gradient cosine, time by time and block by block, on the aligned runs of compare
     PYTHONPATH=. python experiments/release.py
 
 Makes these runs once more, with more measured, and draws nothing. RESULTS has the step at which each rule fires in each
-run, and the cosines; tables() prints both. Stopped or killed, the same command goes on.
+run, the noise of its fast average, and the cosines. Stopped or killed, the same command goes on.
 """
 
 import csv
@@ -23,7 +23,7 @@ from prepare_latents import ends_in_one_line, run_script
 
 OUT = "out/release"
 RESULTS = compare.HERE / "release.csv"
-COMPARISONS = {  # what prepares and sets constants; student, layers, steps; blocks, from 1, whose gradients are compared
+COMPARISONS = {  # what prepares, what sets constants; student, layers, steps; blocks (from 1) whose gradients count
     "compare": (compare.prepare, compare.settings, compare.STUDENT, {}, 3000, (2, 3, 4)),
     "late": (compare.prepare, compare.settings, late.STUDENT, late.LAYERS, 8000, (1, 2, 3)),
     "pixels": (pixels.prepare, pixels.settings, {}, {}, 4000, (1, 2, 3)),
@@ -32,7 +32,7 @@ TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
 WINDOWS = ((400, 100), (150, 30), (150, 8))  # of the slow and the fast average, in steps
 BELOW = 0.02
 CORRECTED = {"as published": False, "bias-corrected": True}
-COLUMNS = ("comparison", "seed", "rule", "slow", "fast", "step", "time", "block", "cosine")
+COLUMNS = ("comparison", "seed", "rule", "slow", "fast", "noise", "step", "time", "block", "cosine")
 
 
 def plateau(residuals, slow, fast, start, below=BELOW, corrected=False):
@@ -84,29 +84,35 @@ def read(folder, comparison, seed, steps):
     with open(folder / "log.csv", newline="") as file:
         log = list(csv.DictReader(file))
     every = int(log[0]["step"])  # a row's losses are means over so many steps, and averages decay by as many
-    residuals = [(1 + float(row["feature_loss"])) / 2 for row in log]
+    residuals = np.array([(1 + float(row["feature_loss"])) / 2 for row in log])
+    half = residuals[len(log) // 2 :]  # the later one, where it hardly falls: neighbours differ by noise
+    noise = np.diff(half).std() / 2**0.5 / half.mean() * every**0.5  # of one step, relative
     for rule, corrected in CORRECTED.items():
         for slow, fast in WINDOWS:
             fires, _ = plateau(residuals, (1 - 1 / slow) ** every, (1 - 1 / fast) ** every, steps // 8 // every,
                                corrected=corrected)
             yield dict(comparison=comparison, seed=seed, rule=rule, slow=slow, fast=fast,
-                       step=fires * every if fires else "")
+                       noise=round(noise / (2 * fast) ** 0.5, 5), step=fires * every if fires else "")
     lines = (folder / "cosines.csv").read_text().split()
     for (step, time, block), cosine in {tuple(line.split(",")[:3]): line.split(",")[3] for line in lines}.items():
         yield dict(comparison=comparison, seed=seed, step=step, time=time, block=block, cosine=round(float(cosine), 5))
 
 
 def tables():
-    """Markdown: where the rules fire, seed by seed; the cosines over all steps and seeds."""
+    """Markdown: where the rules fire, seed by seed, and the noise of their fast average, mean of the seeds; the cosines
+    over all steps and seeds."""
     with open(RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
     names = list(dict.fromkeys(row["comparison"] for row in rows))
     print(f"| plateau, windows | {' | '.join(names)} |\n|---|" + "---|" * len(names))
     for rule, slow, fast in dict.fromkeys((row["rule"], row["slow"], row["fast"]) for row in rows if row["rule"]):
-        steps = {name: [f"{int(row['step']):,}" if row["step"] else "never" for row in rows
-                        if (row["comparison"], row["rule"], row["slow"], row["fast"]) == (name, rule, slow, fast)]
-                 for name in names}
-        print(f"| {rule}, {slow} and {fast} steps | " + " | ".join(map("; ".join, steps.values())) + " |")
+        cells = []
+        for name in names:
+            fired = [row for row in rows if (row["comparison"], row["rule"], row["slow"], row["fast"])
+                     == (name, rule, slow, fast)]
+            cells.append("; ".join(f"{int(row['step']):,}" if row["step"] else "never" for row in fired)
+                         + f" (noise {np.mean([float(row['noise']) for row in fired]):.1%})")
+        print(f"| {rule}, {slow} and {fast} steps | " + " | ".join(cells) + " |")
     print(f"\n| cosine at time | {' | '.join(map(str, TIMES))} |\n|---|" + "---|" * len(TIMES))
     for name, block in dict.fromkeys((row["comparison"], row["block"]) for row in rows if row["block"]):
         found = [np.array([float(row["cosine"]) for row in rows if row["time"] and float(row["time"]) == time and
