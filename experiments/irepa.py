@@ -1,5 +1,5 @@
-"""iREPA's two parts, the projector of 3 x 3 convolutions ("conv") and the teacher's tokens normalised over each image
-("norm"), with features alone and with attention too, to the end and stopped.
+"""iREPA's two parts, a 3 x 3 convolution as projector ("conv") and teacher tokens normalised over each image ("norm"),
+with features alone and with attention too, to the end and stopped.
 
     PYTHONPATH=. python experiments/irepa.py fashion_mnist    # late.py's student: irepa.csv
     PYTHONPATH=. python experiments/irepa.py pixels           # pixels.py's: irepa_pixels.csv
