@@ -4,10 +4,15 @@ with features alone and with attention too, to the end and stopped.
     PYTHONPATH=. python experiments/irepa.py fashion_mnist    # late.py's student: irepa.csv
     PYTHONPATH=. python experiments/irepa.py pixels           # pixels.py's: irepa_pixels.csv
 
-One row per run, seed and step. Stopped or killed, the same command goes on.
+One row per run, seed and step, and a table of what each choice changes. Stopped or killed, the same command goes on.
 """
 
+from itertools import product
+
+import numpy as np
+
 import compare
+import draw
 import late
 import pixels
 from coco import run_part
@@ -27,10 +32,29 @@ def settings(out, **changes):
     compare.RUNS, compare.STOPPED = {"plain": dict(changes, ALIGN_STEPS=0), **runs}, tuple(runs)
 
 
+def effects(results):
+    """Markdown: the last distance with a choice by that without it, otherwise the same run; of all such pairs the
+    geometric mean, and of these the mean (lowest to highest) of the seeds."""
+    runs, _ = draw.read(results)
+    endings = "", f", stopped at {STOP}"
+    cells = {tuple(word in name for word in ("aligned", "conv", "norm", "stopped")):
+             np.log(draw.values(runs, name.removeprefix("aligned, "), STEPS))
+             for name in map("".join, product(LOSSES, PARTS, endings))}
+    print("| with, by without | to the end | stopped |\n|---|---|---|")
+    for i, choice in enumerate(("attention", "conv", "norm", "stopping")):
+        columns = []
+        for stopped in (False, True):
+            changes = [numbers - cells[without] for cell, numbers in cells.items() if cell[i] and cell[-1] == stopped
+                       if (without := (*cell[:i], False, *cell[i + 1 :])) in cells]
+            columns.append(draw.spread(np.exp(np.mean(changes, axis=0))) if changes else "")
+        print(f"| {choice} | {' | '.join(columns)} |")
+
+
 def fashion_mnist():
     settings("out/irepa", **late.LAYERS)
     compare.RESULTS, compare.STUDENT = compare.HERE / "irepa.csv", late.STUDENT
     compare.main()
+    effects(compare.RESULTS)
 
 
 @ends_in_one_line
@@ -41,6 +65,7 @@ def in_pixels():
     compare.SETTINGS, compare.JUDGE, compare.FILES = pixels.settings, pixels.judge, ("pixels", "emoji_data")
     real = f"{pixels.OUT}/real"
     compare.collect([dict(run="real images", **pixels.judge(real, real))])
+    effects(compare.RESULTS)
 
 
 def main():

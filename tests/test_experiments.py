@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import compare_small
 import draw
 import fid
 import imagenet512
+import irepa
 import jit
 import late
 import model
@@ -210,11 +212,35 @@ def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
 
 @pytest.mark.parametrize("results", sorted((ROOT / "experiments").glob("*.csv")), ids=lambda path: path.stem)
 def test_the_readme_here_shows_the_committed_rows(results, capsys):
-    runs, floor = draw.read(results)
-    assert all(len(seeds) >= 3 for seeds in runs.values())
-    draw.table(runs, floor)
+    if results.stem == "release":
+        release.tables()
+    else:
+        runs, floor = draw.read(results)
+        assert all(len(seeds) >= 3 for seeds in runs.values())
+        draw.table(runs, floor)
+    if results.stem.startswith("irepa"):
+        irepa.effects(results)
     readme = (ROOT / "experiments/README.md").read_text()
     assert [line for line in capsys.readouterr().out.splitlines() if line not in readme] == []
+
+
+def test_effects_are_those_that_the_distances_were_made_of(tmp_path, capsys):
+    sizes = {"aligned": 0.5, "conv": 0.8, "norm": 1.1, "stopped": 0.9}
+    endings = "", ", stopped at 1000"
+    names = ["".join(each).removeprefix("aligned, ") for each in product(irepa.LOSSES, irepa.PARTS, endings)]
+    assert len(set(names)) == 16 and {"stopped at 1000", "aligned conv norm, stopped at 1000"} < set(names)
+    with open(tmp_path / "irepa.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, compare.COLUMNS)
+        table.writeheader()
+        for seed, name in product((0, 1), names):
+            changed = [size * (1 + seed * (word == "norm")) for word, size in sizes.items()
+                       if word in name or word == "aligned" and "features" not in name]
+            table.writerow(dict(run=name, seed=seed, step=irepa.STEPS, distance=10 * np.prod(changed)))
+    irepa.effects(tmp_path / "irepa.csv")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| attention | 0.50 (0.50 to 0.50) | 0.50 (0.50 to 0.50) |",
+        "| conv | 0.80 (0.80 to 0.80) | 0.80 (0.80 to 0.80) |",
+        "| norm | 1.65 (1.10 to 2.20) | 1.65 (1.10 to 2.20) |", "| stopping |  | 0.90 (0.90 to 0.90) |"]
 
 
 def test_the_landing_page_shows_the_committed_means():
