@@ -68,9 +68,10 @@ def cosines(gradient_cosine, blocks):
 
 
 def settings(folder, seed, changes):
-    """A comparison's own, with more measured and nothing drawn."""
-    _, set_constants, *_, blocks = COMPARISONS[Path(folder).parts[-3]]
+    """A comparison's own, with cosines at each quarter of its steps and nothing drawn."""
+    _, set_constants, *_, steps, blocks = COMPARISONS[Path(folder).parts[-3]]
     set_constants(folder, seed, changes)
+    train.CONFLICT_FROM = train.CONFLICT_EVERY = steps // 4
     train.gradient_cosine = cosines(train.gradient_cosine, blocks)
     sample.NUM_SAMPLES, sample.GRID = 0, None
 

@@ -114,16 +114,16 @@ def test_release_in_short(restored, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SEEDS=(7,), PROCESSES=1)
-    layers = dict(late.LAYERS, LOG_EVERY=2, CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=32)
+    layers = dict(late.LAYERS, LOG_EVERY=1, CONFLICT_IMAGES=32)
     set_constants(monkeypatch, release, OUT=str(tmp_path / "out"), RESULTS=tmp_path / "release.csv", TIMES=(0.1, 0.9),
                   COMPARISONS={"late": (compare.prepare, compare.settings, late.STUDENT, layers, 8, (1, 3))}, WINDOWS=((4, 2),))
     release.main()
     with open(tmp_path / "release.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["block"], row["time"]) for row in rows if row["block"]] == [
-        (step, block, time) for step in "48" for block in "13" for time in ("0.1", "0.9")]
-    assert all(-1 < float(row["cosine"]) < 1 for row in rows if row["block"]) and len(rows) == 2 + 8
-    assert len({row["cosine"] for row in rows if row["block"]}) == 8
+        (step, block, time) for step in "2468" for block in "13" for time in ("0.1", "0.9")]
+    assert all(-1 < float(row["cosine"]) < 1 for row in rows if row["block"]) and len(rows) == 2 + 16
+    assert len({row["cosine"] for row in rows if row["block"]}) == 16
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| late, block")]
     monkeypatch.setattr(compare, "run_in_process", None)
     release.main()
