@@ -27,8 +27,8 @@ STOP, STEPS = 1000, 2000
 def settings(out, **changes):
     """Sets compare.py's constants: every run to its end and stopped, and plain."""
     compare.OUT, compare.STEPS, compare.STOPS = out, (STOP, STEPS), (STOP,)
-    runs = {loss + part: {**LOSSES[loss], **PARTS[part], **changes, "KEEP_EVERY": STOP}
-            for loss in LOSSES for part in PARTS}
+    changes |= dict(CONFLICT_EVERY=0, KEEP_EVERY=STOP)
+    runs = {loss + part: {**LOSSES[loss], **PARTS[part], **changes} for loss in LOSSES for part in PARTS}
     compare.RUNS, compare.STOPPED = {"plain": dict(changes, ALIGN_STEPS=0), **runs}, tuple(runs)
 
 
