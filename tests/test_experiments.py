@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from itertools import product
 
@@ -241,6 +242,13 @@ def test_effects_are_those_that_the_distances_were_made_of(tmp_path, capsys):
         "| attention | 0.50 (0.50 to 0.50) | 0.50 (0.50 to 0.50) |",
         "| conv | 0.80 (0.80 to 0.80) | 0.80 (0.80 to 0.80) |",
         "| norm | 1.65 (1.10 to 2.20) | 1.65 (1.10 to 2.20) |", "| stopping |  | 0.90 (0.90 to 0.90) |"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_pages_point_to_files_that_are_there(page):
+    text = (ROOT / page).read_text()
+    targets = set(re.findall(r'src="([^"]+)"', text) + re.findall(r"\]\((?!https?:)([^)#]+)", text))
+    assert targets and [each for each in targets if not (ROOT / page).parent.joinpath(each).exists()] == []
 
 
 def test_the_landing_page_shows_the_committed_means():
