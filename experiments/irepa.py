@@ -7,8 +7,6 @@ with features alone and with attention too, to the end and stopped.
 One row per run, seed and step, and a table of what each choice changes. Stopped or killed, the same command goes on.
 """
 
-from itertools import product
-
 import numpy as np
 
 import compare
@@ -36,10 +34,8 @@ def effects(results):
     """Markdown: the last distance with a choice by that without it, otherwise the same run; of all such pairs the
     geometric mean, and of these the mean (lowest to highest) of the seeds."""
     runs, _ = draw.read(results)
-    endings = "", f", stopped at {STOP}"
-    cells = {tuple(word in name for word in ("aligned", "conv", "norm", "stopped")):
-             np.log(draw.values(runs, name.removeprefix("aligned, "), STEPS))
-             for name in map("".join, product(LOSSES, PARTS, endings))}
+    cells = {("features" not in name, "conv" in name, "norm" in name, "stopped" in name):
+             np.log(draw.values(runs, name, STEPS)) for name in runs if name != "plain"}
     print("| with, by without | to the end | stopped |\n|---|---|---|")
     for i, choice in enumerate(("attention", "conv", "norm", "stopping")):
         columns = []
