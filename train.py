@@ -490,7 +490,7 @@ def main():
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            log(f"step {step:,}: phase II, plain SiT; teacher and projector are gone")
+            log(f"step {step:,}: phase II, plain {MODEL}; teacher and projector are gone")
 
         # ----- the training step ---------------------------------------------------------------------------------
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
