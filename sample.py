@@ -1,4 +1,4 @@
-"""Draws images from a trained SiT or MMDiT: any number of samples for evaluation, and pictures to look at.
+"""Draws images from a trained SiT, MMDiT or JiT: any number of samples for evaluation, and pictures to look at.
 
     python sample.py                                           # the run in RUN_DIR, with the constants below
     torchrun --nproc_per_node=8 sample.py                      # the same images, on eight GPUs
@@ -34,7 +34,7 @@ from vae import load_vae
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
-CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the .pt file of a published SiT, REPA or HASTE
+CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the file of a published SiT, REPA, HASTE or JiT
 VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
 TEXT_ENCODER = None  # None: the one that the model was trained with, by its name; or where that lies now
 EMA = None  # of a published JiT, which has two: None is "model_ema1", of decay 0.9999; or "model_ema2", of 0.9996
