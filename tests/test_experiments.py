@@ -217,9 +217,10 @@ def test_the_readme_here_shows_the_committed_rows(results, capsys):
         release.tables()
     else:
         runs, floor = draw.read(results)
-        wanted = 2 if results.stem == "irepa_pixels" else 3  # of two seeds no claim is made
-        assert all(len(seeds) >= wanted for seeds in runs.values())
         draw.table(runs, floor)
+        if any(len(seeds) < 3 for seeds in runs.values()):  # then the page has to say so
+            assert all(len(seeds) == 2 for seeds in runs.values())
+            print(f"(`{results.name}`) there are two seeds so far, too few for a claim.")
     if results.stem.startswith("irepa"):
         irepa.effects(results)
     readme = (ROOT / "experiments/README.md").read_text()
