@@ -244,25 +244,49 @@ def test_effects_are_those_that_the_distances_were_made_of(tmp_path, capsys):
         "| norm | 1.65 (1.10 to 2.20) | 1.65 (1.10 to 2.20) |", "| stopping |  | 0.90 (0.90 to 0.90) |"]
 
 
-@pytest.mark.parametrize("pairs, said", [
-    ([("features conv", "features")], "conv ends at {} of REPA's distance"),
-    ([("features norm", "features")], "norm at {}, both at"),
-    ([("features conv norm", "features")], "both at {}. iREPA's paper"),
-    ([("features conv norm", "features")], "bring REPA to {} of its distance on Fashion-MNIST"),
-    ([("aligned conv", "aligned")], "conv {} of HASTE's"), ([("aligned norm", "aligned")], "norm {}, both"),
-    ([("aligned conv norm", "aligned")], "both {}. Nor does"), ([("aligned conv norm", "aligned")], "HASTE to {}. ["),
-    ([("aligned conv norm", "features conv norm")], "both of them ({});"),
-    ([("aligned", "features")], "to REPA it does ({})."),
-    ([(f"features{part}, stopped at 1000", f"features{part}") for part in (" conv", " norm", " conv norm")],
-     "costs iREPA's runs {%} (both"),
-    ([("features conv norm, stopped at 1000", "features conv norm")], "(both parts {%});"),
-    ([(f"aligned{part}, stopped at 1000".removeprefix("aligned, "), f"aligned{part}") for part in irepa.PARTS],
-     "with attention nothing ({})."),
-    ([("aligned conv norm, stopped at 1000", "features conv norm, stopped at 1000")],
+TO_THE_END = [loss + part for loss in irepa.LOSSES for part in irepa.PARTS]
+
+
+def stopped(*names):
+    """The same runs stopped, each beside the one that is not."""
+    return [(f"{name}, stopped at 1000".removeprefix("aligned, "), name) for name in names]
+
+
+@pytest.mark.parametrize("results, pairs, said", [
+    ("irepa", [("features conv", "features")], "conv ends at {} of REPA's distance"),
+    ("irepa", [("features norm", "features")], "norm at {}, both at"),
+    ("irepa", [("features conv norm", "features")], "both at {}. iREPA's paper"),
+    ("irepa", [("features conv norm", "features")], "bring REPA to {} of its distance on Fashion-MNIST"),
+    ("irepa", [("aligned conv", "aligned")], "conv {} of HASTE's"),
+    ("irepa", [("aligned norm", "aligned")], "norm {}, both"),
+    ("irepa", [("aligned conv norm", "aligned")], "both {}. Nor does"),
+    ("irepa", [("aligned conv norm", "aligned")], "HASTE to {}; in pixels"),
+    ("irepa", [("aligned conv norm", "features conv norm")], "both of them ({});"),
+    ("irepa", [("aligned", "features")], "to REPA it does ({})."),
+    ("irepa", stopped("features conv", "features norm", "features conv norm"), "costs iREPA's runs {%} (both"),
+    ("irepa", stopped("features conv norm"), "(both parts {%});"),
+    ("irepa", stopped(*TO_THE_END[4:]), "with attention nothing ({})."),
+    ("irepa", [("aligned conv norm, stopped at 1000", "features conv norm, stopped at 1000")],
      "attention is worth {} beside both parts"),
+    ("irepa_pixels", [(name, "plain") for name in TO_THE_END], "ends below plain, at {} of its distance."),
+    ("irepa_pixels", [("features conv", "features")], "conv ends at {} of REPA's, norm"),
+    ("irepa_pixels", [("features norm", "features")], "of REPA's, norm at {}, both"),
+    ("irepa_pixels", [("features conv norm", "features")], "both at {}; with attention"),
+    ("irepa_pixels", [("features conv norm", "features")], "in pixels to {} and"),
+    ("irepa_pixels", [("aligned conv", "aligned")], "conv at {} of HASTE's"),
+    ("irepa_pixels", [("aligned norm", "aligned")], "of HASTE's, norm at {}, both"),
+    ("irepa_pixels", [("aligned conv norm", "aligned")], "both at {}. - Attention"),
+    ("irepa_pixels", [("aligned conv norm", "aligned")], "and {}. ["),
+    ("irepa_pixels", [("aligned", "features")], "Attention brings REPA to {}, both"),
+    ("irepa_pixels", [("aligned conv norm", "features conv norm")], "both parts to {}. - Stopping"),
+    ("irepa_pixels", stopped(*TO_THE_END[4:]), "run with attention something, {%}."),
+    ("irepa_pixels", stopped("features conv norm"), "it costs both parts {%}, REPA"),
+    ("irepa_pixels", stopped("features", "features norm"), "nothing that shows ({})."),
+    ("irepa_pixels", [(aligned, features) for (aligned, _), (features, _) in
+                      zip(stopped(*TO_THE_END[4:]), stopped(*TO_THE_END[:4]))], "nothing here ({} over all parts)"),
 ])
-def test_what_the_pages_say_of_irepa_is_in_the_committed_rows(pairs, said):
-    runs, _ = draw.read(ROOT / "experiments/irepa.csv")
+def test_what_the_pages_say_of_irepa_is_in_the_committed_rows(results, pairs, said):
+    runs, _ = draw.read(ROOT / f"experiments/{results}.csv")
     ratios = np.concatenate([draw.values(runs, name, irepa.STEPS) / draw.values(runs, by, irepa.STEPS)
                              for name, by in pairs])
     said = said.replace("{}", f"{ratios.min():.2f} to {ratios.max():.2f}")
