@@ -388,9 +388,9 @@ def main():
                          f"prepare_latents.MIRROR = True, or set MIRROR to False")
     sit, encoder = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
                         teacher_dim=None, projector=PROJECTOR), None
-    if "bottleneck_dim" in sit and data.vae:
-        raise ValueError(f"MODEL {MODEL!r} predicts pixels, and {DATA_DIR} holds latents; prepare it with VAE = None, "
-                         f"or choose a SiT")
+    if data.shape[1] % sit["patch_size"] or "bottleneck_dim" in sit and data.vae:
+        raise ValueError(f"MODEL {MODEL!r} does not fit the {'latents' if data.vae else 'pixels'} of {DATA_DIR}, "
+                         f"{data.shape}; its patch must divide the side, and a JiT needs prepare_latents.VAE = None")
     if "context_dim" in sit:
         if data.captions is None:
             raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; prepare images that "

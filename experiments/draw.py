@@ -1,4 +1,4 @@
-"""Draws what compare.py, late.py, emoji.py and pixels.py measured: distance against steps, tables, what follows from them.
+"""Draws what compare.py, late.py, emoji.py and pixels.py measured: distance over steps, tables, what follows from them.
 
     PYTHONPATH=. python experiments/draw.py       # writes the figures of FIGURES; needs matplotlib
 
@@ -17,7 +17,8 @@ FIGURES = {  # a file: its panels, and which run is HASTE
                           "4 blocks of width 64": HERE / "late.csv"}, "stopped at 2000"),
     "data/emoji_distance.png": ({"text to image, MMDiT of 6 blocks of width 192": HERE / "emoji.csv"},
                                 "stopped at 1500"),
-    "data/pixels_distance.png": ({"64 x 64 pixels, JiT of 6 blocks of width 128": HERE / "pixels.csv"}, "stopped at 2000"),
+    "data/pixels_distance.png": ({"64 x 64 pixels, JiT of 6 blocks of width 128": HERE / "pixels.csv"},
+                                 "stopped at 2000"),
 }
 SHOWN = {"plain": "plain", "features": "features (REPA)", "attention": "attention alone",
          "aligned": "features and attention, to the end"}

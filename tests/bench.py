@@ -11,8 +11,8 @@ The first prints the median time of a whole step (forward, losses, backward, cli
 MFU (checkpoint.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
 is a DINOv2-B with random weights: its speed is that of the real one.
 
-The second measures the same of an MMDiT, on a CPU of fewer blocks, and then steps of the full size with and without a text
-encoder of the default's size, random weights, in turn.
+The second measures the same of an MMDiT, on a CPU of fewer blocks, and then steps of the full size with and without a
+text encoder of the default's size, random weights, in turn.
 
 The third measures forward and backward pass of the loss in four layer pairs of 12 heads, as at 512 x 512: time in turn,
 and what a process of its own has in use more than one that makes queries and keys alone.
@@ -236,8 +236,8 @@ def bench_data():
     ours, to_edge, to_square = (statistics.median(times) / len(files) * 1000 for times in zip(*rounds))
     by_edge, by_square = (statistics.median(row[0] / row[i] for row in rounds) for i in (1, 2))
     print(f"decode, crop, pack     {1000 / ours:10.0f} images/s on one core, {ours:.2f} ms each; Pillow's decode and "
-          f"resize to a short edge of {IMAGE_SIZE} {to_edge:.2f} ms ({by_edge:.2f} times), to a square {to_square:.2f} ms "
-          f"({by_square:.2f} times)")
+          f"resize to a short edge of {IMAGE_SIZE} {to_edge:.2f} ms ({by_edge:.2f} times), to a square "
+          f"{to_square:.2f} ms ({by_square:.2f} times)")
 
     _, packed, _ = crops[range(len(files))]
     latents = np.resize(rng.normal(size=(500, 8, 32, 32)).astype(np.float16), (20_000, 8, 32, 32))
@@ -280,7 +280,8 @@ def bench_data():
                 encode(pixels, vae, device)
             rate = 20 * len(pixels) / timed(lambda: [encode(pixels, vae, device) for _ in range(20)])
             print(f"VAE encoder, {prepare_latents.VAE_PRECISION:10}{rate:10.0f} images/s; "
-                  f"{rate * counter.get_total_flops() / matrix_rate(device, torch.bfloat16):.0%} of the measured bf16 matrix rate")
+                  f"{rate * counter.get_total_flops() / matrix_rate(device, torch.bfloat16):.0%} of the measured "
+                  "bf16 matrix rate")
 
 
 def bench_steps(model=MODEL, depth=MODELS[MODEL]["depth"]):
@@ -302,16 +303,17 @@ def bench_steps(model=MODEL, depth=MODELS[MODEL]["depth"]):
             times[kind].append(timed(step))
     rate = matrix_rate(torch.device("cuda" if CUDA else "cpu"), torch.bfloat16 if CUDA else torch.float32)
     name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{model}, {depth} blocks, batch {BATCH_SIZE}, {'bf16' if CUDA else 'float32'}{', compiled' if COMPILE else ''}, torch {torch.__version__}, {name}; "
-          f"measured matrix rate {rate / 1e12:.2f} TFLOP/s")
+    print(f"{model}, {depth} blocks, batch {BATCH_SIZE}, {'bf16' if CUDA else 'float32'}"
+          f"{', compiled' if COMPILE else ''}, torch {torch.__version__}, {name}; measured matrix rate "
+          f"{rate / 1e12:.2f} TFLOP/s")
     print(f"{'':12}{'ms / step':>10}{'images/s':>10}{'/ plain':>9}{'MFU':>7}{'peak GiB':>10}")
     for kind in KINDS:
         counted = times[kind][WARMUP:]
         median = statistics.median(counted)
         # ratios pair the steps of one round, so that a slow moment of the machine hits both sides
         ratio = statistics.median(a / b for a, b in zip(counted, times["plain"][WARMUP:]))
-        print(f"{kind:12}{median * 1000:>10.1f}{BATCH_SIZE / median:>10.1f}{ratio:>9.3f}{steps[kind][1] * BATCH_SIZE / median / rate:>7.1%}"
-              f"{memory[kind]:>10.2f}")
+        print(f"{kind:12}{median * 1000:>10.1f}{BATCH_SIZE / median:>10.1f}{ratio:>9.3f}"
+              f"{steps[kind][1] * BATCH_SIZE / median / rate:>7.1%}{memory[kind]:>10.2f}")
 
 
 def bench_text():
@@ -327,7 +329,8 @@ def bench_text():
         transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=77,
                                              pad_token="").save_pretrained(folder)
         encoder = TextEncoder(folder).to(device, torch.bfloat16 if CUDA else torch.float32)
-    contexts = {"table": CaptionTable(encoder, captions), "encoded at each step": CaptionTable(encoder, captions, gib=0)}
+    contexts = {"table": CaptionTable(encoder, captions),
+                "encoded at each step": CaptionTable(encoder, captions, gib=0)}
     model = build("MMDiT/2", teacher_dim=None).to(device)
     flops = [flops_per_image(model, None, context) for context in contexts.values()]
     if COMPILE:
@@ -338,10 +341,10 @@ def bench_text():
     rounds = [[*(timed(lambda: step(context)) for context in contexts.values()),
                timed(lambda: contexts["encoded at each step"](y))] for _ in range(WARMUP + ROUNDS)][WARMUP:]
     ratios = sorted(b / a for a, b, _ in rounds)
-    print(f"MMDiT/2, batch {TEXT_BATCH_SIZE}, phase II: a step that encodes its captions, by one that reads them from the table: "
-          f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); encoding alone takes "
-          f"{statistics.median(c / a for a, _, c in rounds):.3f} of the latter; by operations {flops[1] / flops[0]:.3f}, "
-          f"{flops[0] / 1e9:.0f} GFLOP per image with the table")
+    print(f"MMDiT/2, batch {TEXT_BATCH_SIZE}, phase II: a step that encodes its captions, by one that reads them from "
+          f"the table: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}); encoding alone takes "
+          f"{statistics.median(c / a for a, _, c in rounds):.3f} of the latter; by operations "
+          f"{flops[1] / flops[0]:.3f}, {flops[0] / 1e9:.0f} GFLOP per image with the table")
 
 
 def bench_fid():
@@ -385,5 +388,6 @@ def bench_checkpoint():
 
 
 if __name__ == "__main__":
-    parts = {"text": bench_text, "attention": bench_attention, "data": bench_data, "fid": bench_fid, "checkpoint": bench_checkpoint}
+    parts = {"text": bench_text, "attention": bench_attention, "data": bench_data, "fid": bench_fid,
+             "checkpoint": bench_checkpoint}
     parts.get(sys.argv[1] if sys.argv[1:] else "", bench_steps)()

@@ -1,7 +1,7 @@
 """All that only a GPU can tell, in ten minutes by estimate: one table, and one JSON to send to the project.
 
     PYTHONPATH=. python tests/gpu.py
-    PYTHONPATH=. torchrun --nproc_per_node=8 tests/gpu.py    # after the first: how ways of sharding agree and what they cost
+    PYTHONPATH=. torchrun --nproc_per_node=8 tests/gpu.py    # afterwards: how ways of sharding agree and what they cost
 
 The networks have random weights and the images are noise, whose speed is that of the real ones. Nothing is fetched. A
 part that fails says why, and the others go on.
@@ -226,7 +226,8 @@ def resume(folder):
     whole, _ = run(folder, CHECKPOINT_EVERY=4)
     shutil.rmtree(Path(train.RUN_DIR, "checkpoints/step_0000008"))
     again, _ = run(folder, CHECKPOINT_EVERY=4, RUN_DIR=train.RUN_DIR)
-    return {name: [float(row["denoising_loss"]) for row in rows] for name, rows in (("whole", whole), ("resumed", again))}
+    return {name: [float(row["denoising_loss"]) for row in rows]
+            for name, rows in (("whole", whole), ("resumed", again))}
 
 
 def flat(folder):

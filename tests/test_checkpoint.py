@@ -68,7 +68,8 @@ def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys
     with pytest.raises(ValueError, match="strange.pt: not a SiT checkpoint, or damaged"):
         load_model(tmp_path / "strange.pt")
     assert "code from" not in capsys.readouterr().out
-    torch.save(dict(ema=dict(state, **{"blocks.0.extra": torch.zeros(1), "head.bias": torch.zeros(1)})), tmp_path / "more.pt")
+    torch.save(dict(ema=dict(state, **{"blocks.0.extra": torch.zeros(1), "head.bias": torch.zeros(1)})),
+               tmp_path / "more.pt")
     with pytest.raises(ValueError, match=r"more.pt: .*unexpected keys blocks\.0\.extra, head\.bias\); set"):
         load_model(tmp_path / "more.pt")
     torch.save({"conv1.weight": torch.zeros(1), "bn.bias": torch.zeros(1)}, tmp_path / "other.pt")
@@ -78,7 +79,7 @@ def test_a_published_files_namespace_is_let_in_and_nothing_else(tmp_path, capsys
 
 @pytest.mark.parametrize("form", ["module.", "_orig_mod.", "module._orig_mod.", "old format", "folder"])
 def test_checkpoints_as_people_have_them(tmp_path, form):
-    """With DDP's and torch.compile's prefixes, in the old torch.save format, by the folder that holds ema.safetensors."""
+    """With DDP's and torch.compile's prefixes, in the old torch.save format, by the folder of ema.safetensors."""
     torch.manual_seed(0)
     theirs = build("SiT-S/8", teacher_dim=None)
     state, path = theirs.state_dict(), tmp_path / "x.pt"

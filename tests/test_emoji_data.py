@@ -1,4 +1,4 @@
-"""Emoji, a dozen concepts in packages of the real layout: trees, captions, hold-outs, errors; the experiment in short."""
+"""Emoji, a dozen concepts in the real packages' layout: trees, captions, hold-outs, errors; the experiment in short."""
 
 import csv
 import hashlib
@@ -198,13 +198,13 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
     for name in ("teacher", "judge"):
         shutil.copy(ROOT / emoji_data.WEIGHTS.format(name), "data")
     encoder = tmp_path / "data/emoji/text_encoder"
-    transformers.BertModel(transformers.BertConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                                   num_attention_heads=2)).save_pretrained(encoder)
+    transformers.BertModel(transformers.BertConfig(vocab_size=9, hidden_size=16, intermediate_size=16,
+                                                   num_hidden_layers=1, num_attention_heads=2)).save_pretrained(encoder)
     write_words(encoder, 9, 12, pad="w0")
     set_constants(monkeypatch, emoji_data, OUT="data/emoji")
     monkeypatch.setattr(emoji_data, "write_text_encoder", lambda: None)  # those in the small packages are no networks
-    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, NEW=2, RESULTS=tmp_path / "emoji.csv",
-                  STUDENT=dict(depth=4, hidden_size=24, num_heads=2),
+    set_constants(monkeypatch, emoji, SEEDS=(3,), STEPS=(1, 3), STOPS=(1,), SEEN=8, NEW=2,
+                  RESULTS=tmp_path / "emoji.csv", STUDENT=dict(depth=4, hidden_size=24, num_heads=2),
                   RUNS={"plain": dict(ALIGN_STEPS=0, WARMUP_STEPS=0),
                         "aligned": dict(KEEP_EVERY=1, CHECKPOINT_EVERY=1, WARMUP_STEPS=0)})
     set_constants(monkeypatch, compare, PROCESSES=1)
@@ -229,7 +229,7 @@ def test_the_experiment_in_short(packages, restored, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_experiments_in_pixels_in_short(packages, restored, monkeypatch, tmp_path):
-    """A JiT and a SiT of 64 pixels, judged by a network that sees all of them; iREPA's parts, every run of it stopped."""
+    """A JiT and a SiT of 64 pixels, judged by a network that sees them all; iREPA's parts, every run of it stopped."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     for name in ("student", "velocity"):

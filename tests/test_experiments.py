@@ -111,13 +111,14 @@ def test_corrected_averages_are_those_of_what_there_was_alone():
 
 @pytest.mark.slow
 def test_release_in_short(restored, monkeypatch, tmp_path, capsys):
-    """Measures each comparison's aligned run at every time, in every block; of runs that are done nothing is made anew."""
+    """Measures each comparison's aligned run at every time, in every block; of finished runs nothing is made anew."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), SEEDS=(7,), PROCESSES=1)
     layers = dict(late.LAYERS, LOG_EVERY=1, CONFLICT_IMAGES=32)
     set_constants(monkeypatch, release, OUT=str(tmp_path / "out"), RESULTS=tmp_path / "release.csv", TIMES=(0.1, 0.9),
-                  COMPARISONS={"late": (compare.prepare, compare.settings, late.STUDENT, layers, 8, (1, 3))}, WINDOWS=((4, 2),))
+                  COMPARISONS={"late": (compare.prepare, compare.settings, late.STUDENT, layers, 8, (1, 3))},
+                  WINDOWS=((4, 2),))
     release.main()
     with open(tmp_path / "release.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -142,7 +143,8 @@ def test_the_jit_experiment_in_short(restored, monkeypatch, tmp_path, teacher_fi
                   RUNS={"plain": 0, "aligned": 3, "stopped_1": 1, "stopped_2": 2})
     shrink(monkeypatch, jit, teacher_file, "JiT-T/4", 28)
     run_parts(monkeypatch, jit, "prepare", "plain", "aligned", "branch", "stopped_1", "stopped_2", "judge")
-    judged = sorted(path.parent.relative_to(tmp_path / "runs").as_posix() for path in tmp_path.glob("runs/*/*/fid.json"))
+    judged = sorted(path.parent.relative_to(tmp_path / "runs").as_posix()
+                    for path in tmp_path.glob("runs/*/*/fid.json"))
     assert judged == sorted(f"jit-b-{run}/samples_{epoch}_{scale}" for run, epochs in (
         ("plain", "123"), ("aligned", "123"), ("stopped_1", "23"), ("stopped_2", "3")) for epoch in epochs
         for scale in (1.0, 2.0))

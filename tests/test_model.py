@@ -184,7 +184,8 @@ def test_jits_forward_equals_the_reference(golden, prefix, compiled):
     velocity, logits, _ = forward(z["x"], z["t"], z["y"], attn_layers=(2, 0, 1))
     pairs.append((velocity, z[f"{prefix}velocity"], tolerance["velocity"]))
     pairs += [(logits[i], z[f"{prefix}logits/{layer}"], tolerance["logits"]) for i, layer in enumerate((2, 0, 1))]
-    pairs += [(tokens, z[f"{prefix}tokens/{i}"], tolerance["tokens"]) for i, tokens in enumerate(() if compiled else seen)]
+    pairs += [(tokens, z[f"{prefix}tokens/{i}"], tolerance["tokens"])
+              for i, tokens in enumerate(() if compiled else seen)]
     target = (z["x"] - z["image"]) / z["t"].clamp(min=0.05).view(-1, 1, 1, 1)  # noise - image, but below 0.05
     loss = torch.nn.functional.mse_loss(velocity, target)
     pairs.append((loss, z[f"{prefix}loss"], tolerance["loss"]))
@@ -309,8 +310,9 @@ def published_shapes(depth, d, patch, channels, classes, teacher_dim=768, projec
               "final_layer.linear": (patch * patch * channels, d), "projectors.0.0": (projector, d),
               "projectors.0.2": (projector, projector), "projectors.0.4": (teacher_dim, projector)}
     for i in range(depth):
-        linear |= {f"blocks.{i}.attn.qkv": (3 * d, d), f"blocks.{i}.attn.proj": (d, d), f"blocks.{i}.mlp.fc1": (4 * d, d),
-                   f"blocks.{i}.mlp.fc2": (d, 4 * d), f"blocks.{i}.adaLN_modulation.1": (6 * d, d)}
+        linear |= {f"blocks.{i}.attn.qkv": (3 * d, d), f"blocks.{i}.attn.proj": (d, d),
+                   f"blocks.{i}.mlp.fc1": (4 * d, d), f"blocks.{i}.mlp.fc2": (d, 4 * d),
+                   f"blocks.{i}.adaLN_modulation.1": (6 * d, d)}
     for name, shape in linear.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
@@ -324,7 +326,8 @@ def test_keys_and_shapes_are_the_published_ones(name, depth, width):
         aligned, original = build(name), build(name, learn_sigma=True, teacher_dim=None)
     shapes = published_shapes(depth, width, patch, 4, 1000)
     assert {key: tuple(value.shape) for key, value in aligned.state_dict().items()} == shapes
-    shapes = {key: value for key, value in published_shapes(depth, width, patch, 8, 1000).items() if "projectors" not in key}
+    shapes = {key: value for key, value in published_shapes(depth, width, patch, 8, 1000).items()
+              if "projectors" not in key}
     assert {key: tuple(value.shape) for key, value in original.state_dict().items()} == shapes
 
 

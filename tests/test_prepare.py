@@ -90,7 +90,8 @@ def tree(tmp_path):
         (tmp_path / "tree" / name / "deep").mkdir(parents=True)
         for i, (width, height) in enumerate(sizes):
             folder = tmp_path / "tree" / name / ("deep" if i == 1 else "")
-            photograph(rng, width, height).convert("L" if i == 0 else "RGB").save(folder / f"{i}.{'JPEG' if i == 2 else 'png'}")
+            picture = photograph(rng, width, height).convert("L" if i == 0 else "RGB")
+            picture.save(folder / f"{i}.{'JPEG' if i == 2 else 'png'}")
     (tmp_path / "tree/n01/notes.txt").write_text("no image")
     return tmp_path / "tree"
 
@@ -187,9 +188,11 @@ def damage(folder, change, name="meta.json"):
     (lambda f: (f / "meta.json").unlink(), "no meta.json, so this is not a finished data set"),
     (lambda f: (f / "meta.json").write_text("{"), "meta.json: damaged"),
     (lambda f: damage(f, lambda meta: meta.update(format=99)), "format 99, this version reads 1"),
-    (lambda f: (f / "latents.npy").write_bytes((f / "latents.npy").read_bytes()[:-1]), r"latents.npy: \d+ bytes, meta.json"),
+    (lambda f: (f / "latents.npy").write_bytes((f / "latents.npy").read_bytes()[:-1]),
+     r"latents.npy: \d+ bytes, meta.json"),
     (lambda f: (f / "images.bin").unlink(), r"images.bin: 0 bytes, meta.json says \d+"),
-    (lambda f: damage(f, lambda meta: meta.update(classes=["a", "b"])), r"labels 0\.\.9, but meta.json names 2 classes"),
+    (lambda f: damage(f, lambda meta: meta.update(classes=["a", "b"])),
+     r"labels 0\.\.9, but meta.json names 2 classes"),
 ])
 def test_unfinished_or_damaged_folder_is_refused(latents_dir, tmp_path, harm, message):
     folder = shutil.copytree(latents_dir, tmp_path / "copy")
@@ -367,7 +370,8 @@ def test_what_is_left_out_is_counted(tree, prepare, capsys):
 @pytest.mark.parametrize("harm, message", [
     (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "archive: cannot be listed .* an uncompressed"),
     (lambda path: os.truncate(path, 20_000), r"archive: cannot be listed \(.*an uncompressed, complete tar"),
-    (lambda path: os.truncate(path, path.read_bytes().index(b"./train/n02/") + 100), r"archive: cannot be .*complete tar"),
+    (lambda path: os.truncate(path, path.read_bytes().index(b"./train/n02/") + 100),
+     r"archive: cannot be .*complete tar"),
 ])
 def test_compressed_or_truncated_tar_is_refused(harm, message, photographs, prepare, tmp_path):
     archive("tar", photographs, tmp_path / "archive")
@@ -379,7 +383,7 @@ def test_compressed_or_truncated_tar_is_refused(harm, message, photographs, prep
 def test_zip_of_an_unusual_kind_is_refused(tree, prepare, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
         file.write(tree / "n01/0.png", "n01/0.png")
-    with pytest.raises(ValueError, match=r"a.zip: cannot be listed \(n01/0.png is encrypted or packed in an unusual way"):
+    with pytest.raises(ValueError, match=r"a.zip: cannot be listed \(n01/0.png is encrypted or packed in an unusual"):
         prepare(SOURCE=str(tmp_path / "a.zip"))
 
 
@@ -495,7 +499,8 @@ def test_links_and_newer_versions_in_archives_are_what_unpacking_gives(tmp_path)
     save(root / "a/2.png", 99)  # a newer version, appended
     with tarfile.open(tmp_path / "src.tar", "a") as tar:
         tar.add(root / "a/2.png", "src/a/2.png")
-    subprocess.run(["zip", "-qry", tmp_path / "src.zip", "src"], cwd=tmp_path, check=True) if shutil.which("zip") else None
+    if shutil.which("zip"):
+        subprocess.run(["zip", "-qry", tmp_path / "src.zip", "src"], cwd=tmp_path, check=True)
     wanted = dict(a=[10, 11, 99], b=[10, 11, 11], c=[10, 11, 99], empty=[])
     for name in ("src", "src.tar", "src.zip"):
         if (tmp_path / name).exists():
@@ -544,7 +549,8 @@ def test_kaggles_imagenet(tmp_path, prepare, capsys):
     (tmp_path / "ILSVRC").rename(tmp_path / "tree/ILSVRC")
     for name in ("imagenet.zip", "tree", f"tree/{inside}"):
         where = tmp_path / ("imagenet.zip" if name == "imagenet.zip" else "tree") / inside / "train"
-        with pytest.raises(ValueError, match=f"test, train, val are parts of a data set, no classes; set SOURCE to {where}"):
+        with pytest.raises(ValueError, match="test, train, val are parts of a data set, no classes; set SOURCE to "
+                                             f"{where}"):
             prepare(SOURCE=str(tmp_path / name))
         data = prepare(SOURCE=str(where), DATA_DIR=str(tmp_path / f"of {name}".replace("/", " ")))
         assert data.classes == ["n01", "n02"] and len(data) == 2
@@ -695,8 +701,8 @@ def test_a_folder_at_which_another_process_works_is_refused(tree, prepare, tmp_p
              f"'out/unfinished'), 'x'); print(flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    with pytest.raises(ValueError, match=rf"unfinished: process {other.pid} on .* is at work here; wait for its end, or "
-                                         rf"choose another DATA_DIR"):
+    with pytest.raises(ValueError, match=rf"unfinished: process {other.pid} on .* is at work here; wait for its end, "
+                                         rf"or choose another DATA_DIR"):
         prepare(SOURCE=str(tree))
     other.kill()
     other.wait()
@@ -767,7 +773,8 @@ def test_check_finds_latents_of_other_images(tree, prepare, vae_folder):
 def test_compiled_vae_gives_the_same_moments(tree, prepare, vae_folder):
     plain = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
     compiled = prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), COMPILE=True, DATA_DIR=str(tree.parent / "compiled"))
-    torch.testing.assert_close(*(torch.tensor(data.latents).float() for data in (compiled, plain)), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(*(torch.tensor(data.latents).float() for data in (compiled, plain)), rtol=2e-3,
+                               atol=1e-4)
 
 
 def test_bf16_moments_are_close(tree, prepare, vae_folder):
@@ -808,7 +815,8 @@ def test_two_processes_make_the_same_folder_as_one(photographs, prepare, vae_fol
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "two.py"],
                    check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120)
     two, one = PreparedDataset(tmp_path / "two"), PreparedDataset(tmp_path / "out")
-    torch.testing.assert_close(torch.tensor(two.latents).float(), torch.tensor(one.latents).float(), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(two.latents).float(), torch.tensor(one.latents).float(), rtol=2e-3,
+                               atol=1e-4)
     for name in ("images.bin", "image_offsets.npy", "labels.npy", "captions.txt", "caption_offsets.npy"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -869,7 +877,8 @@ def test_imagenets_classes_are_recognised(tmp_path, monkeypatch, capsys):
     source.classes = timm.data.ImageNetInfo().label_descriptions()  # the hub's names
     prepare_latents.describe(source)
     said = capsys.readouterr().out.splitlines()
-    assert "1,000 images of 1,000 classes, from 'n01440764' (1) to 'n15075141' (1); ImageNet's, in their order" in said[0]
+    assert ("1,000 images of 1,000 classes, from 'n01440764' (1) to 'n15075141' (1); ImageNet's, in their order"
+            in said[0])
     assert "not ImageNet's 1,000 in order" in said[1] and "ImageNet's, in their order" in said[2]
 
 

@@ -32,7 +32,8 @@ def test_samplers_equal_the_reference(case):
         latents = sample_ode(lambda x, t, y: model(x, t, y)[0], z["z"], z["y"], heun=case["heun"], **options)
     else:
         noises = iter(z[f"{case['key']}_noise"])
-        latents = sample_sde(lambda x, t, y: model(x, t, y)[0], z["z"], z["y"], randn_like=lambda x: next(noises), **options)
+        latents = sample_sde(lambda x, t, y: model(x, t, y)[0], z["z"], z["y"], randn_like=lambda x: next(noises),
+                             **options)
         assert next(noises, None) is None  # every recorded draw was used
     assert latents.dtype == torch.float64
     torch.testing.assert_close(latents, z[case["key"]], rtol=meta["rtol"], atol=meta["atol"])
@@ -57,7 +58,8 @@ def test_guidance_costs_one_call_a_step_and_only_inside_its_interval():
         sizes.append((len(x), y.tolist()))
         return torch.zeros_like(x)
 
-    sample_ode(velocity, torch.randn(2, 1, 4, 4), torch.tensor([0, 1]), steps=4, null=7, cfg_scale=2.0, guidance=(0.5, 0.75))
+    sample_ode(velocity, torch.randn(2, 1, 4, 4), torch.tensor([0, 1]), steps=4, null=7, cfg_scale=2.0,
+               guidance=(0.5, 0.75))
     assert [n for n, _ in sizes] == [2, 4, 4, 2]  # t = 1, 0.75, 0.5, 0.25: both ends are inside
     assert sizes[1][1] == [0, 1, 7, 7]
 
@@ -65,7 +67,8 @@ def test_guidance_costs_one_call_a_step_and_only_inside_its_interval():
 def test_ode_is_exact_for_a_straight_path():
     x, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     for heun in (False, True):
-        out = sample_ode(lambda x_t, t, y: noise - x, noise, torch.zeros(2, dtype=torch.long), steps=3, null=1, heun=heun)
+        out = sample_ode(lambda x_t, t, y: noise - x, noise, torch.zeros(2, dtype=torch.long), steps=3, null=1,
+                         heun=heun)
         torch.testing.assert_close(out.float(), x)
 
 
@@ -102,8 +105,8 @@ def run_dir(data_dir, teacher_file, tmp_path_factory):
 @pytest.fixture
 def draw(monkeypatch, run_dir, tmp_path):
     def run(name, **constants):
-        set_constants(monkeypatch, sample, **{**dict(RUN_DIR=str(run_dir), OUT=str(tmp_path / name), NUM_SAMPLES=23, STEPS=3,
-                                                     BATCH_SIZE=8, GRID=(10, 3), CFG_SCALE=1.5, COMPILE=False,
+        set_constants(monkeypatch, sample, **{**dict(RUN_DIR=str(run_dir), OUT=str(tmp_path / name), NUM_SAMPLES=23,
+                                                     STEPS=3, BATCH_SIZE=8, GRID=(10, 3), CFG_SCALE=1.5, COMPILE=False,
                                                      CLASS_SAMPLING="balanced"), **constants})
         sample.main()
         out = tmp_path / name
@@ -138,7 +141,8 @@ def test_a_checkpoint_of_the_run_gives_the_same_samples(draw, run_dir):
 def test_classes_are_drawn_at_random_or_in_turn(monkeypatch):
     classes = [3, 5, 9]
     drawn = [sample.class_of(i, classes) for i in range(3000)]
-    assert all(drawn.count(c) / 3000 == pytest.approx(1 / 3, abs=0.05) for c in classes) and len(set(drawn[:3] + drawn[3:9])) == 3
+    assert (all(drawn.count(c) / 3000 == pytest.approx(1 / 3, abs=0.05) for c in classes)
+            and len(set(drawn[:3] + drawn[3:9])) == 3)
     assert drawn[7] == sample.class_of(7, classes) and drawn[:30] != [classes[i % 3] for i in range(30)]
     monkeypatch.setattr(sample, "CLASS_SAMPLING", "balanced")
     assert [sample.class_of(i, classes) for i in range(5)] == [3, 5, 9, 3, 5]
@@ -164,7 +168,8 @@ def test_step_times_go_from_noise_to_data_as_spaced():
         times = sample.step_times(11, 0.04, spacing)
         assert times[0] == 1 and times[-1] == pytest.approx(0.04) and (times.diff() < 0).all()
     even, shifted, log = (sample.step_times(11, 0.04, spacing).diff().abs() for spacing in (1.0, 3.0, "log"))
-    assert torch.allclose(even, even[:1].expand(10)) and shifted[0] < even[0] < shifted[-1] and log[-1] < even[0] < log[0]
+    assert (torch.allclose(even, even[:1].expand(10)) and shifted[0] < even[0] < shifted[-1]
+            and log[-1] < even[0] < log[0])
 
 
 def curved(x, t, y):
@@ -211,7 +216,8 @@ def test_files_are_in_adms_layout_and_named_by_their_settings(draw, tmp_path):
     assert len(list((tmp_path / "f/png").iterdir())) == 23 and not (tmp_path / "f/unfinished").exists()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "f/png/000007.png")), images[7])
     described = json.loads((tmp_path / "f/samples.json").read_text())
-    assert described["CLASS_SAMPLING"] == "uniform" and described["CFG_SCALE"] == 1.5 and len(described["weights_sha256"]) == 64
+    assert (described["CLASS_SAMPLING"] == "uniform" and described["CFG_SCALE"] == 1.5
+            and len(described["weights_sha256"]) == 64)
 
 
 def test_finished_samples_are_left_alone_and_other_settings_are_refused(draw, tmp_path, capsys):
@@ -219,7 +225,7 @@ def test_finished_samples_are_left_alone_and_other_settings_are_refused(draw, tm
     before = (tmp_path / "d/samples.npz").read_bytes()
     draw("d", NUM_SAMPLES=5)
     assert "already drawn" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"has samples with other settings \(SEED 0, now 1\); set them back, choose another OUT"):
+    with pytest.raises(ValueError, match=r"has samples with other settings \(SEED 0, now 1\); set them back, choose"):
         draw("d", NUM_SAMPLES=5, SEED=1)
     assert (tmp_path / "d/samples.npz").read_bytes() == before
 
@@ -249,8 +255,8 @@ def draw_process(run_dir, tmp_path):
         constants = dict(dict(RUN_DIR=str(run_dir), OUT=str(tmp_path / name), NUM_SAMPLES=23, STEPS=3, BATCH_SIZE=4,
                               GRID=(1, 1)), **constants)
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-        return subprocess.run([sys.executable, *launch, str(tmp_path / "drawing.py"), json.dumps(constants), str(kill_at)],
-                              cwd=ROOT, text=True, capture_output=True, timeout=300,
+        return subprocess.run([sys.executable, *launch, str(tmp_path / "drawing.py"), json.dumps(constants),
+                               str(kill_at)], cwd=ROOT, text=True, capture_output=True, timeout=300,
                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     return run
 
@@ -280,7 +286,8 @@ def test_killed_it_goes_on_where_it_was(draw, draw_process, tmp_path):
 def test_bad_input_is_refused(draw, run_dir, tmp_path):
     with pytest.raises(ValueError, match="ema.safetensors: no such file; train first"):
         draw("x", RUN_DIR=str(tmp_path / "absent"))
-    for name, source in (("ema.safetensors", run_dir / "ema.safetensors"), ("c.pt", run_dir / "checkpoints/step_0000004/ema.safetensors")):
+    for name, source in (("ema.safetensors", run_dir / "ema.safetensors"),
+                         ("c.pt", run_dir / "checkpoints/step_0000004/ema.safetensors")):
         (tmp_path / name).write_bytes(source.read_bytes()[:3000])
         with pytest.raises(ValueError, match=f"{name}: not a SiT checkpoint, or damaged"):
             draw("x", CHECKPOINT=str(tmp_path / name))

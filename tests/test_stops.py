@@ -57,7 +57,8 @@ import sys
 from pathlib import Path
 import compare, late, prepare_latents
 if __name__ == "__main__":
-    compare.SOURCE, compare.OUT, compare.RESULTS = "data/fashion_mnist_test.png", sys.argv[1], Path(sys.argv[1], "rows.csv")
+    compare.SOURCE, compare.OUT = "data/fashion_mnist_test.png", sys.argv[1]
+    compare.RESULTS = Path(sys.argv[1], "rows.csv")
     compare.SEEDS, compare.STEPS, compare.STOPS, compare.STUDENT = (7,), (20_000,), (10,), late.STUDENT
     compare.RUNS = {name: dict(late.LAYERS, **changes) for name, changes in
                     dict(plain=dict(ALIGN_STEPS=0), aligned={}).items()}

@@ -116,7 +116,8 @@ def test_unknown_name_is_refused():
 
 
 @pytest.mark.parametrize("name, message", [
-    ("vit_base_patch14_dinov2.lvd142", "called 'vit_base_patch14_dinov2.lvd142'; choose one of vit_base_patch14_dinov2.lvd142m"),
+    ("vit_base_patch14_dinov2.lvd142",
+     "called 'vit_base_patch14_dinov2.lvd142'; choose one of vit_base_patch14_dinov2.lvd142m"),
     ("vit_large_patch14_224", "of 'vit_large_patch14_224'; choose another network")])
 def test_weights_that_there_are_not_do_not_blame_the_connection(name, message):
     with pytest.raises(ValueError, match=f"timm has no weights {message}"):

@@ -126,7 +126,8 @@ def test_without_transformers_one_line_says_what_to_install(monkeypatch):
     (lambda folder: (folder / "config.json").write_text("{}"), "cannot load it"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load it"),
     (lambda folder: save_file({key: value for key, value in load_file(folder / "model.safetensors").items()
-                               if "layers.1.mlp" not in key}, folder / "model.safetensors"), "no weights .*layers.1.mlp"),
+                               if "layers.1.mlp" not in key}, folder / "model.safetensors"),
+     "no weights .*layers.1.mlp"),
     (lambda folder: transformers.ViTConfig(hidden_size=8).save_pretrained(folder), "cannot load it"),
 ])
 def test_what_is_no_text_encoder_is_refused_in_one_line(golden_clip, damage, message):

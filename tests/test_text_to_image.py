@@ -110,7 +110,8 @@ def test_a_run_on_captions(text_run, monkeypatch):
     train.main()
     rows = read_log(run)
     assert [row["phase"] for row in rows] == ["1", "1", "2", "2"]
-    assert float(rows[0]["attention_loss"]) > 0 > float(rows[0]["feature_loss"]) and float(rows[3]["attention_loss"]) == 0
+    assert (float(rows[0]["attention_loss"]) > 0 > float(rows[0]["feature_loss"])
+            and float(rows[3]["attention_loss"]) == 0)
     assert not any(len(shape) > 2 and {*shape[-2:]} <= {49, 49 + 12} for shape in recorder.shapes)
 
     data, encoder = PreparedDataset(train.DATA_DIR), TextEncoder(train.TEXT_ENCODER, 12)
@@ -137,7 +138,8 @@ def test_captions_encoded_at_each_step_are_those_of_the_table(text_run, tmp_path
 
 
 @pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_resumed_or_on_two_processes_it_is_the_same_run(run_process, coco, encoder_dir, tmp_path, processes):  # noqa: F811
+def test_resumed_or_on_two_processes_it_is_the_same_run(run_process, coco, encoder_dir, tmp_path,  # noqa: F811
+                                                        processes):
     constants = dict(text_constants(coco, encoder_dir), CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=8,
                      extra=f"train.MODELS['MMDiT-T/4'].update({SMALLER})")
     assert run_process(tmp_path / "whole", **constants).returncode == 0
@@ -242,7 +244,8 @@ def test_prompts_and_encoders_that_cannot_be_drawn_from_are_refused(drawing, con
 
 
 def test_an_encoder_of_another_width_is_refused_with_the_one_that_fits(drawing, tmp_path):
-    transformers.BertModel(transformers.BertConfig(vocab_size=50, hidden_size=24, intermediate_size=24, num_hidden_layers=1,
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, hidden_size=24, intermediate_size=24,
+                                                   num_hidden_layers=1,
                                                    num_attention_heads=2)).save_pretrained(tmp_path / "bert")
     write_words(tmp_path / "bert", 50, 12, pad="w0")
     drawing(TEXT_ENCODER=str(tmp_path / "bert"))
@@ -251,7 +254,7 @@ def test_an_encoder_of_another_width_is_refused_with_the_one_that_fits(drawing, 
 
 
 def test_the_coco_run_in_short(restored, monkeypatch, tmp_path, encoder_dir, teacher_file):
-    """All four parts on zips of COCO's layout, with an image without captions: the paper's constants, then small ones."""
+    """All four parts on zips of COCO's layout, one image without captions: the paper's constants, then small ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(MODELS, "MMDiT-T/4", dict(MODELS["MMDiT-T/4"], **SMALLER))
     sheet = Image.open(ROOT / "data/fashion_mnist_test.png").convert("RGB")

@@ -48,9 +48,10 @@ def test_shift_moves_each_image_and_black_moves_in():
 
 
 def test_a_second_pass_goes_on_and_keeps_the_average(teacher_file, data_dir, monkeypatch, tmp_path):
-    for name, value in dict(DATA_DIR=str(data_dir), TEST_DIR=None, START_FROM=str(teacher_file), EPOCHS=1, BATCH_SIZE=20,
-                            SHIFT=1, OUT=None, EMA_DECAY=0, ARCHITECTURE_SETTINGS=dict(img_size=28, patch_size=4, embed_dim=32, depth=4,
-                                                                num_heads=2)).items():
+    for name, value in dict(DATA_DIR=str(data_dir), TEST_DIR=None, START_FROM=str(teacher_file), EPOCHS=1,
+                            BATCH_SIZE=20, SHIFT=1, OUT=None, EMA_DECAY=0,
+                            ARCHITECTURE_SETTINGS=dict(img_size=28, patch_size=4, embed_dim=32, depth=4,
+                                                       num_heads=2)).items():
         monkeypatch.setattr(train_network, name, value)
     weights = {}
     for train_network.EMA_DECAY in (0.0, 0.999, 1.0):  # the last weights, a slow average, the first step's weights
