@@ -383,7 +383,8 @@ def test_compressed_or_truncated_tar_is_refused(harm, message, photographs, prep
 def test_zip_of_an_unusual_kind_is_refused(tree, prepare, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
         file.write(tree / "n01/0.png", "n01/0.png")
-    with pytest.raises(ValueError, match=r"a.zip: cannot be listed \(n01/0.png is encrypted or packed in an unusual"):
+    with pytest.raises(ValueError, match=r"a.zip: cannot be listed \(n01/0.png is encrypted or packed in an unusual "
+                                         r"way"):
         prepare(SOURCE=str(tmp_path / "a.zip"))
 
 

@@ -225,7 +225,8 @@ def test_finished_samples_are_left_alone_and_other_settings_are_refused(draw, tm
     before = (tmp_path / "d/samples.npz").read_bytes()
     draw("d", NUM_SAMPLES=5)
     assert "already drawn" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"has samples with other settings \(SEED 0, now 1\); set them back, choose"):
+    with pytest.raises(ValueError, match=r"has samples with other settings \(SEED 0, now 1\); set them back, choose "
+                                         r"another OUT"):
         draw("d", NUM_SAMPLES=5, SEED=1)
     assert (tmp_path / "d/samples.npz").read_bytes() == before
 
