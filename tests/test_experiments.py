@@ -282,7 +282,8 @@ def stopped(*names):
     ("irepa_pixels", [("aligned", "features")], "Attention brings REPA to {}, both"),
     ("irepa_pixels", [("aligned conv norm", "features conv norm")], "both parts to {}. - Stopping"),
     ("irepa_pixels", stopped(*TO_THE_END[4:]), "run with attention something, {%}."),
-    ("irepa_pixels", stopped("features conv norm"), "it costs both parts {%}, REPA"),
+    ("irepa_pixels", stopped("features conv norm"), "it costs both parts {%}, conv less"),
+    ("irepa_pixels", stopped("features conv"), "conv less ({}), REPA"),
     ("irepa_pixels", stopped("features", "features norm"), "nothing that shows ({})."),
     ("irepa_pixels", [(aligned, features) for (aligned, _), (features, _) in
                       zip(stopped(*TO_THE_END[4:]), stopped(*TO_THE_END[:4]))], "nothing here ({} over all parts)"),
