@@ -1,4 +1,4 @@
-"""What a run leaves on disk, how it, or a published checkpoint, is read back, and what a run costs.
+"""What a run leaves on disk, and how it, or a published checkpoint, is read back.
 
     RUN_DIR/checkpoints/step_N/   weights, optimiser and EMA in shards, as torch.distributed.checkpoint writes them;
                                   progress.json; ema.safetensors, the whole EMA with the run's settings in its header
@@ -15,7 +15,6 @@ import re
 import reprlib
 import shutil
 import sys
-import timeit
 import warnings
 import zipfile
 from pathlib import Path
@@ -30,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model import JiT, MODELS, make_network
-from prepare_latents import lock_folder, write_atomically
+from model import MODELS, make_network
+from runtime import lock_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
@@ -39,33 +38,38 @@ warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkp
 EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)
 
 
-# ----- a run's checkpoints --------------------------------------------------------------------------------------------
+# ----- a run's checkpoints ------------------------------------------------------------------------
 def describe(constants, data, sit):
     """A run's settings: every constant of its script, the model's arguments, the data set, versions."""
-    constants = {name: value for name, value in constants.items()
-                 if name.isupper() and name not in ("F", "MODELS", "FROZEN", "COLUMNS")}
+    no_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
+    own = {name: value for name, value in constants.items() if name.isupper() and name not in no_settings}
     keys = ("source", "count", "image_size", "latent_shape", "vae", "classes", "captions")
     described = {key: data.meta[key] for key in keys if key in data.meta}
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     # through JSON and back, so that it compares equal to what was read from a file
-    return json.loads(json.dumps(dict(constants, sit=sit, data=described, versions=versions), default=str))
+    return json.loads(json.dumps(dict(own, sit=sit, data=described, versions=versions), default=str))
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
 
 
 def finished(run):
     """Folders of whole checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    return sorted((run / "checkpoints").glob("step_*[0-9]"), key=step_of)
 
 
 def run_state(model, optimizer, ema, meters):
     """Every tensor of the run by name, not copied: what a checkpoint is written from and read into."""
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    moments = {f"optimizer.{name}.{key}": DTensor.from_local(value, p.device_mesh, p.placements, shape=p.shape,
-                                                             stride=p.stride())
-               if isinstance(p, DTensor) and value.ndim else value  # all but the number of steps is sharded as p is
-               for (name, p), shard in zip(trained, optimizer.param_groups[0]["params"])
-               for key, value in optimizer.state[shard].items()}
-    return {**weights, **moments, **{f"ema.{name}": value for name, value in ema.items()}, "meters": meters}
+    for (name, p), shard in zip(trained, optimizer.param_groups[0]["params"]):
+        for key, value in optimizer.state[shard].items():
+            if isinstance(p, DTensor) and value.ndim:  # all but the number of steps is sharded as p is
+                value = DTensor.from_local(value, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            state[f"optimizer.{name}.{key}"] = value
+    state.update({f"ema.{name}": value for name, value in ema.items()})
+    return dict(state, meters=meters)
 
 
 def whole(tensor):
@@ -83,11 +87,12 @@ def whole_ema(ema):
 def save(run, settings, progress, state, ema, keep_last, keep_every):
     """Writes checkpoints/step_N, N = progress["step"], then removes old ones. Every process takes part.
 
-    state: run_state(). keep_last: so many checkpoints stay, one at least; keep_every: its multiples for good, 0: none.
+    state: run_state(). keep_last: so many stay, one at least; keep_every: its multiples stay, 0: none.
     Returns None, or why writing failed: what stood before stands, and the run may go on.
     """
     folder = run / "checkpoints" / f"step_{progress['step']:07d}"
-    unfinished, ema = folder.with_suffix(".tmp"), whole_ema(ema)
+    unfinished = folder.with_suffix(".tmp")
+    ema = whole_ema(ema)
     try:
         dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
         if ema:  # rank 0
@@ -95,7 +100,7 @@ def save(run, settings, progress, state, ema, keep_last, keep_every):
             (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
             os.replace(unfinished, folder)
             for old in finished(run)[: -max(keep_last, 1)]:
-                if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+                if not keep_every or step_of(old) % keep_every:
                     shutil.rmtree(old)
             latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
             os.replace(latest, run / "ema.safetensors")
@@ -110,31 +115,35 @@ def find(run, settings, frozen):
 
     Raises ValueError if it is damaged, or was made with another value of a setting in `frozen` or of the data.
     """
-    if not (found := finished(run)):
+    if not finished(run):
         return None, dict(step=0, aligning=True, cosine=None)
+    newest = finished(run)[-1]
     try:
-        progress = json.loads((found[-1] / "progress.json").read_text())
+        progress = json.loads((newest / "progress.json").read_text())
         saved = {**EARLIER, **progress.pop("settings")}
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(found[-1], error) from error
-    differing = [f"{key} {reprlib.repr(saved.get(key))}, now {reprlib.repr(settings[key])}" for key in frozen
-                 if saved.get(key, settings[key]) != settings[key]  # an older version's run need not have it
-                 and not (key in ("TEACHER", "TEXT_ENCODER")
-                          and os.path.realpath(saved[key]) == os.path.realpath(settings[key]))]
-    differing += [f"the data's {key} {reprlib.repr(value)}, now {reprlib.repr(settings['data'].get(key))}"
-                  for key, value in saved["data"].items() if value != settings["data"].get(key)]
+        raise damaged(newest, error) from error
+
+    def differ(key):
+        before, now = saved.get(key, settings[key]), settings[key]  # an older version's run need not have it
+        a_path = key in ("TEACHER", "TEXT_ENCODER")
+        return before != now and not (a_path and os.path.realpath(before) == os.path.realpath(now))
+
+    differing = [(key, saved[key], settings[key]) for key in frozen if differ(key)]
+    differing += [(f"the data's {key}", value, settings["data"].get(key)) for key, value in saved["data"].items()
+                  if value != settings["data"].get(key)]
     if differing:
-        raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(differing)}); set them back, "
-                         f"or choose another RUN_DIR")
-    return found[-1], progress
+        told = "; ".join(f"{key} {reprlib.repr(before)}, now {reprlib.repr(now)}" for key, before, now in differing)
+        raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")
+    return newest, progress
 
 
 def load(folder, state):
-    """Reads a checkpoint into run_state()'s tensors, whatever number of processes wrote it. Raises ValueError if it is
-    damaged."""
+    """Reads a checkpoint into run_state()'s tensors, whatever number of processes wrote it. Raises
+    ValueError if it is damaged."""
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (CheckpointException, Exception) as error:  # of many kinds: a file may be cut anywhere
+    except (CheckpointException, Exception) as error:  # the first is none of the others; a file may be cut anywhere
         raise damaged(folder, error) from error
 
 
@@ -144,10 +153,10 @@ def damaged(folder, error):
                       f"delete it to resume from the one before, if there is one")
 
 
-# ----- a run's folder and logs ----------------------------------------------------------------------------------------
+# ----- a run's folder and logs --------------------------------------------------------------------
 def open_run(run, settings, saved, step, columns, rank):
-    """Makes or claims the run's folder, with what is needed to repeat the run; every process takes part. Returns the
-    file that holds the claim, on rank 0.
+    """Makes or claims the run's folder, with what is needed to repeat the run; every process takes
+    part. Returns the file that holds the claim, on rank 0.
 
     saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's.
     """
@@ -155,7 +164,7 @@ def open_run(run, settings, saved, step, columns, rank):
     if rank == 0:
         (run / "previews").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run, "RUN_DIR")
-        if finished(run)[-1:] != [saved] * bool(saved):
+        if saved != (finished(run)[-1] if finished(run) else None):
             raise ValueError(f"{run}: another process has just trained on here; give the same command again")
         for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
             shutil.rmtree(unfinished)
@@ -165,8 +174,8 @@ def open_run(run, settings, saved, step, columns, rank):
     if dist.is_initialized():
         dist.barrier()
     if not (run / "settings.json").exists():
-        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
-                         f"nodes share")
+        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on "
+                         "a disk that all nodes share")
     return lock
 
 
@@ -204,7 +213,7 @@ def open_tracker(tracker, run, settings, step):
     return lambda step, values: None
 
 
-# ----- models to sample from: ours and published ones -----------------------------------------------------------------
+# ----- models to sample from: ours and published ones ---------------------------------------------
 def published_settings(state):
     """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
     of_pixels = "x_embedder.proj1.weight" in state  # a JiT
@@ -231,12 +240,36 @@ def published_settings(state):
                 data=dict(vae=None if of_pixels else dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
 
 
+def read_weights(path, average):
+    """(weights by name, the settings in the file's header or None) of a checkpoint, without running code in it."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("settings", "null"))
+            return {key: file.get_tensor(key) for key in file.keys()}, settings
+    # of what else pickles may hold, only their training arguments' class is let in, for which this stands
+    namespace = type("Namespace", (), dict(__module__="argparse"))
+    with torch.serialization.safe_globals([namespace]):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if average is None:
+        state = state.get("ema", state)
+    return state.get(average or "model_ema1", state), None
+
+
+def with_our_names(state):
+    """Published weights by the names that ours have, without the projector's."""
+    state = {re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", key): value for key, value in state.items()}
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    after = lambda found: f"blocks.{depth + int(found[1])}"  # REPA's first files number these anew
+    return {re.sub(r"^decoder_blocks\.(\d+)", after, key): value for key, value in state.items()
+            if not key.startswith("projectors.")}
+
+
 def load_model(path, average=None):
     """(network in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
-    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, JiT) are a state dict,
-    bare, under "ema" or under `average` (None: JiT's "model_ema1"); of what else pickles may hold, only an
-    argparse.Namespace is let in. A folder's is its ema.safetensors.
+    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, JiT)
+    are a state dict, bare, under "ema" or under `average` (None: JiT's "model_ema1"); of what else
+    pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors.
     Raises ValueError where the file is missing, damaged or of another kind.
     """
     path = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
@@ -244,24 +277,10 @@ def load_model(path, average=None):
         raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
     if path.name.startswith("DiT"):  # its weights have SiT's names and shapes
         raise ValueError(f"{path}: DiT predicts noise, not a velocity; set CHECKPOINT to a SiT's")
-    unexpected, settings = [], None
+    unexpected = []
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get("settings", "null"))
-                state = {key: file.get_tensor(key) for key in file.keys()}
-        else:
-            # their training arguments' class is let in by its name, for which this empty one stands
-            namespace = type("Namespace", (), dict(__module__="argparse"))
-            with torch.serialization.safe_globals([namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            state = state.get("ema", state) if average is None else state
-            state = state.get(average or "model_ema1", state)
-        state = {re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", key): value for key, value in state.items()}
-        # REPA's first files number the blocks after the projector's anew
-        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{depth + int(found[1])}", key): value
-                 for key, value in state.items() if not key.startswith("projectors.")}
+        state, settings = read_weights(path, average)
+        state = with_our_names(state)
         unexpected = sorted(state)
         settings = settings or published_settings(state)
         model = make_network({**settings["sit"], "teacher_dim": None})
@@ -275,74 +294,3 @@ def load_model(path, average=None):
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
                          f"set CHECKPOINT to another") from error
     return model.eval().requires_grad_(False), settings
-
-
-# ----- what a run costs -----------------------------------------------------------------------------------------------
-def tokens_per_block(model, captions):
-    """How many tokens pass through each block: the image's, a caption's, JiT's of the class."""
-    always = model.pos_embed.shape[1] + (captions.ids.shape[1] if captions else 0)
-    return [always + model.in_context_len * (i >= model.in_context_start) for i in range(len(model.blocks))]
-
-
-def flops_per_image(model, teacher, captions=None):
-    """FLOPs of a training step per image; MFU = flops_per_image * images/s / (FLOP/s of all GPUs together).
-
-    The products of L blocks of width D on N tokens, L (24 N D^2 + 4 N^2 D): the student's three times (its backward
-    pass makes two), the frozen networks' once. Not what is recomputed, embedders, projector, losses (2 % of XL/2's).
-    """
-    D, encoding = model.pos_embed.shape[2], captions.cost()[1] if captions else 0
-    blocks = [(3, N, D) for N in tokens_per_block(model, captions)]
-    if teacher is not None:
-        tokens = model.pos_embed.shape[1] + teacher.network.num_prefix_tokens
-        blocks.append((len(teacher.network.blocks), tokens, teacher.dim))
-    return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
-
-
-def check_memory(model, teacher, captions, share, parts, shards, precision, device):
-    """Bytes that a process needs at most for its share of a batch in `parts` micro-batches, estimated: PyTorch
-    allocated 0.99 to 1.09 of them.
-
-    Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products and, of several
-    MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each value of each block's tokens, JiT's 48;
-    in phase I both attentions, two layers of the projector and the features too.
-    Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
-    """
-    (_, N, D), weights = model.pos_embed.shape, sum(p.numel() for p in model.parameters())
-    of_a_value = 48 if isinstance(model, JiT) else 37
-    kept = 5.5 if model.activation_checkpointing else of_a_value if precision == torch.bfloat16 else 80
-    of_an_image = kept * sum(tokens_per_block(model, captions)) * D
-    fixed = weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)
-    if teacher is not None:
-        fixed += 4 * sum(p.numel() for p in teacher.parameters())
-        heads = min(model.num_heads, teacher.network.blocks[0].attn.num_heads)
-        pairs, rows = (len(teacher.layers), N) if N <= 256 else (1, 256)  # see attention_loss_of_qk
-        of_an_image += 8 * pairs * heads * rows * N
-        of_an_image += (model.projectors is not None) * N * (16 * 2048 + 20 * teacher.dim)
-    needed = lambda parts: fixed + 4 * weights * (parts > 1) + share // parts * of_an_image
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        free = min(free + torch.cuda.memory_reserved(), whole)  # nobody's, or ours
-        if needed(parts) > free:
-            fitting = [more for more in range(1, share + 1) if share % more == 0 and needed(more) < free]
-            raise ValueError(f"MICRO_BATCHES {parts}: about {needed(parts) / 2**30:.0f} GiB needed, "
-                             f"{free / 2**30:.0f} free on this GPU; set it to {fitting[0] if fitting else share}"
-                             + ("" if fitting else " and ACTIVATION_CHECKPOINTING to True"))
-    return needed(parts)
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of a large matrix product in this process, the best of ten."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
-    return 2 * n**3 / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=10))  # item() waits for it
-
-
-def peak_gib(device):
-    """Memory used at most so far, in GiB: the GPU's since the phase began, or the process's; NaN on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

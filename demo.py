@@ -19,6 +19,7 @@ import fid
 import prepare_latents
 import sample
 import train
+from runtime import run_script, write_atomically
 
 HERE = Path(__file__).parent / "data"
 OUT = "out/demo"
@@ -72,7 +73,7 @@ def main():
     metrics = dict(phase_1=phases[1], phase_2=phases[2], label=drawn["label"], distance=drawn["frechet_distance"],
                    distance_of_real_images=real["frechet_distance"], precision=drawn["precision"],
                    recall=drawn["recall"], seconds=time.time() - started)
-    prepare_latents.write_atomically(f"{OUT}/metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    write_atomically(f"{OUT}/metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
 
     print("\n            until step   images/s   denoising   feature   attention")
     for phase, name in ((1, "phase I "), (2, "phase II")):
@@ -86,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

@@ -89,8 +89,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def attention_logits(q, k):
-    """q k^T / sqrt(head dim), [B, heads, N, M], of queries [B, heads, N, head dim] and keys [B, heads, M, head dim]; of
-    those in bf16 the products are float32 all the same."""
+    """q k^T / sqrt(head dim), [B, heads, N, M], of queries [B, heads, N, head dim] and keys [B,
+    heads, M, head dim]; of those in bf16 the products are float32 all the same."""
     q, k = (each.float() if each.dtype == torch.bfloat16 else each for each in (q, k))
     with torch.autocast(q.device.type, enabled=False):
         return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -178,8 +178,8 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748); with `return_qk` it hands out its
-    (queries, keys), each [B, heads, N, head dim], as well."""
+    """Transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748); with `return_qk` it
+    hands out its (queries, keys), each [B, heads, N, head dim], as well."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm=False):
         super().__init__()
@@ -373,8 +373,8 @@ class DiffusionTransformer(nn.Module):
 
 
 class SiT(DiffusionTransformer):
-    """The class-conditional network. learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the
-    first C are the velocity."""
+    """The class-conditional network. learn_sigma: the original SiT checkpoints' shapes, 2C output
+    channels of which the first C are the velocity."""
 
     def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
@@ -413,8 +413,8 @@ class MMDiT(DiffusionTransformer):
         return self.joint_blocks  # by their published name
 
     def forward(self, x, t, context, attn_layers=(), return_features=False, return_qk=False):
-        """As SiT.forward, but for context [B, L, context_dim], the text encoder's output, that of the empty text
-        meaning "no text". N are the image's tokens in all that is returned."""
+        """As SiT.forward, but for context [B, L, context_dim], the text encoder's output, that of
+        the empty text meaning "no text". N are the image's tokens in all that is returned."""
         text = self.context_embedder(context)
         return self.run(x, self.t_embedder(t), [text], attn_layers, return_features, return_qk)
 

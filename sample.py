@@ -1,6 +1,6 @@
-"""Draws images from a trained SiT, MMDiT or JiT: any number of samples for evaluation, and pictures to look at.
+"""Draws images from a trained SiT, MMDiT or JiT: samples for evaluation, and pictures to look at.
 
-    python sample.py                                           # the run in RUN_DIR, with the constants below
+    python sample.py                                           # the run in RUN_DIR, as set below
     torchrun --nproc_per_node=8 sample.py                      # the same images, on eight GPUs
     sample.RUN_DIR = "runs/mine"; sample.main()                # from a Python file of yours
 
@@ -13,6 +13,7 @@ import json
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,24 +27,34 @@ from scipy.integrate import RK45
 from tqdm import tqdm
 
 from checkpoint import load_model
+from dataset import PreparedDataset
 from model import make_network, path_coefficients
-from prepare_latents import (check_constants, ends_in_one_line, has_bf16, lock_folder, PreparedDataset, refuse_other,
-                             reserve, run_script, start_processes, write_atomically)
+from runtime import (
+    check_constants,
+    ends_in_one_line,
+    has_bf16,
+    lock_folder,
+    refuse_other,
+    reserve,
+    run_script,
+    start_processes,
+    write_atomically,
+)
 from text import CaptionTable, TextEncoder
 from vae import load_vae
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
-CHECKPOINT = None  # None: the run's EMA; or any ema.safetensors, or the file of a published SiT, REPA, HASTE or JiT
-VAE = None  # decoder: None is the VAE that the data set was prepared with; or any name that load_vae takes
-TEXT_ENCODER = None  # None: the one that the model was trained with, by its name; or where that lies now
-EMA = None  # of a published JiT, which has two: None is "model_ema1", of decay 0.9999; or "model_ema2", of 0.9996
+CHECKPOINT = None  # None: the run's EMA; or another's, or the file of a published SiT, REPA, HASTE or JiT
+VAE = None  # decoder: None is the VAE that the data were prepared with; or a name that load_vae takes
+TEXT_ENCODER = None  # None: the model's own, by its name; or where that lies now
+EMA = None  # of a published JiT: None is its "model_ema1", of decay 0.9999; or "model_ema2", of 0.9996
 # what to draw
 OUT = None  # folder for samples.npz and pictures; None: "samples" in RUN_DIR
 NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
-CLASS_SAMPLING = "uniform"  # each sample's class: drawn at random, as in the papers; "balanced": all in turn
+CLASS_SAMPLING = "uniform"  # classes are drawn at random, as in the papers; "balanced": all in turn
 CLASSES = None  # class ids to draw; None: all
-PROMPTS = None  # for a model of text: a list of texts; or a prepared folder: one caption of each image, image by image
+PROMPTS = None  # for a model of text: a list of texts; or a prepared folder: of each image one caption
 SEED = 0
 PNGS = False  # True: every sample as a file in OUT/png too
 # pictures, one class of CLASSES or one of PROMPTS a row
@@ -52,10 +63,10 @@ COMPARE = ()  # compare.png: one noise through each of these, either CFG_SCALEs 
 FRAMES = 0  # path.png: so many moments on the way from noise to image
 # how: the paper's sampler for 100 epochs with guidance
 MODE = "sde"  # "sde" (Euler-Maruyama) or "ode"
-SOLVER = "euler"  # of the ODE: "euler"; "heun", second order at twice the cost; "adaptive", Dormand-Prince 5(4)
+SOLVER = "euler"  # of the ODE: "euler"; "heun", second order, twice the cost; "adaptive", Dormand-Prince 5(4)
 STEPS = 250  # of all but "adaptive", whose steps follow TOLERANCE
 TOLERANCE = 1e-3
-SPACING = 1.0  # of the steps' times: 1, equal; s > 1, denser at the noise, t -> s t / (1 + (s - 1) t); "log": at data
+SPACING = 1.0  # of times: 1, equal; s > 1, denser at the noise, t -> s t / (1 + (s - 1) t); "log": at data
 CFG_SCALE = 1.825  # classifier-free guidance; 1: none
 GUIDANCE = (0.0, 0.6)  # times t at which guidance acts, both ends included
 # speed
@@ -65,7 +76,7 @@ COMPILE = True  # on a GPU
 
 
 def seed_from(*numbers):
-    """A 64-bit seed from integers that name a random stream, well mixed even when they differ by one."""
+    """A 64-bit seed from integers that name a random stream, well mixed even if they differ by one."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -78,10 +89,8 @@ def score_from_velocity(velocity, x, t, path):
 
 def guided_velocity(velocity, x, t, y, null, scale, dtype):
     """velocity(x, t, y) in float64, computed in `dtype`. Rows whose scale is not 1 get classifier-free guidance: once
-    more with "no label", in the same batch, then unconditional + scale * (conditional - unconditional).
-
-    t and scale: numbers or float64 [B], on the CPU.
-    """
+    more with "no label", in the same batch, then unconditional + scale * (conditional - unconditional). t and scale:
+    numbers or float64 [B], on the CPU."""
     t, scale = (torch.as_tensor(value, dtype=torch.float64).expand(len(x)) for value in (t, scale))
     guided = (scale != 1).nonzero().flatten()
     t, more = torch.cat([t, t[guided]]).to(x.device, dtype), guided.to(x.device)
@@ -94,8 +103,8 @@ def guided_velocity(velocity, x, t, y, null, scale, dtype):
 
 
 def scale_at(t, cfg_scale, guidance, open_ends=False):
-    """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, 1 outside. Its ends belong to it,
-    unless they are open: then all but t = 1 do not."""
+    """The guidance scale at times t, a float64 tensor: cfg_scale inside the interval, 1 outside.
+    Its ends belong to it, unless they are open: then all but t = 1 do not."""
     low, high = guidance
     inside = (t > low) & ((t < high) | (high == 1)) if open_ends else (t >= low) & (t <= high)
     return torch.where(inside, cfg_scale, 1.0)
@@ -110,7 +119,7 @@ def step_times(count, last, spacing):
 
 
 def to_zero(times):
-    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([times, times.new_zeros(1)])
 
 
 @torch.no_grad()
@@ -143,8 +152,9 @@ def sample_adaptive(velocity, noise, y, *, null, tolerance=1e-3, cfg_scale=1.0, 
     on its batch. tolerance: of a step's error, relative to the state; a thousandth of it absolute. Else as sample_ode.
     """
     A, B, C, E = RK45.A, RK45.B, RK45.C, RK45.E
-    x, result, at = noise.double(), torch.empty_like(noise, dtype=torch.float64), torch.arange(len(y))
-    t, h = torch.ones(len(y), dtype=torch.float64), torch.full((len(y),), 0.05, dtype=torch.float64)
+    x, result = noise.double(), torch.empty_like(noise, dtype=torch.float64)
+    at, t = torch.arange(len(y)), torch.ones(len(y), dtype=torch.float64)
+    h = torch.full_like(t, 0.05)
     ends = torch.tensor([0.0, *guidance] if cfg_scale != 1 else [0.0], dtype=torch.float64)
 
     def slope(x, t, start):  # guidance is a jump in time: a step ends there, and is all on one side of it
@@ -199,10 +209,8 @@ def sample_sde(velocity, noise, y, *, steps, null, cfg_scale=1.0, guidance=(0.0,
 
 
 class IndexedNoise:
-    """Standard normal noise in which row i depends on (seed, indices[i]) and the number of earlier draws alone.
-
-    Drawn on the CPU, so that a sample is the same on every device.
-    """
+    """Standard normal noise in which row i depends on (seed, indices[i]) and the number of earlier draws
+    alone; from the CPU, so that a sample is the same on every device."""
 
     def __init__(self, seed, indices):
         self.generators = [torch.Generator().manual_seed(seed_from(seed, int(index))) for index in indices]
@@ -232,36 +240,32 @@ def save_grid(images, columns, path):
 
 
 def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, context_of, captions=None):
-    """Grid of samples with one class or caption a row, always from the same noise so that previews can be compared. The
-    captions are written beside it.
-
+    """Grid of samples with one class or caption a row, always from the same noise. Captions are written beside it.
     ema, settings: a network's weights and its run's settings; grid: rows, columns; steps: of Euler; context_of: from
-    classes or captions' numbers, 0..null - 1, to what the network takes.
-    """
+    classes or captions' numbers, 0..null - 1, to what the network takes."""
     model = make_network(settings["sit"]).to(device).eval()
     model.load_state_dict(ema)
-    rows, columns, vae_meta = min(grid[0], null), grid[1], settings["data"]["vae"]
-    noise = IndexedNoise(seed, range(rows * columns)).draw((model.in_channels, model.input_size, model.input_size))
-    noise *= settings["NOISE_SCALE"]
+    rows, columns = min(grid[0], null), grid[1]
+    vae_meta, shape = settings["data"]["vae"], (model.in_channels, model.input_size, model.input_size)
+    noise = settings["NOISE_SCALE"] * IndexedNoise(seed, range(rows * columns)).draw(shape)
     y = torch.linspace(0, null - 1, rows, dtype=torch.float64).round().long()
     if captions:
         save_lines(path.parent / "captions.txt", [captions[number] for number in y])
-    of, images = velocity_of(model, settings, device), []
+    of_context, images = velocity_of(model, settings, device), []
+    velocity = lambda x, t, y: of_context(x, t, context_of(y))
     for row_noise, row_y in zip(noise.split(columns), y.repeat_interleave(columns).split(columns)):
-        latents = sample_ode(lambda x, t, y: of(x, t, context_of(y)), row_noise.to(device), row_y.to(device),
-                             steps=steps, null=null, path=settings["PATH"])
+        latents = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=null,
+                             path=settings["PATH"])
         images.append(to_bytes(latents, vae, vae_meta and vae_meta["scale"]))
     save_grid(torch.cat(images), columns, path)
 
 
 def velocity_of(model, settings, device, precision="bf16"):
-    """The model's velocity as a function (x, t, context), classes or embedded captions; its products in bf16 on a GPU,
-    unless precision is "float32"."""
+    """The model's velocity as a function (x, t, context); its products in bf16 on a GPU, unless told "float32"."""
     def velocity(x, t, context):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device) and precision == "bf16"):
-            if settings.get("time_from_noise"):
-                return -model(x, 1 - t, context)[0]
-            return model(x, t, context)[0]
+            from_noise = settings.get("time_from_noise")
+            return -model(x, 1 - t, context)[0] if from_noise else model(x, t, context)[0]
     return velocity
 
 
@@ -270,10 +274,9 @@ def check_settings():
     check_constants(globals(), {
         "path": "RUN_DIR", "path or None": "CHECKPOINT VAE EMA TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
         "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
-        "number from 0": "CFG_SCALE",
-        "two numbers from 0 to 1": "GUIDANCE", "two whole numbers from 0 or None": "GRID",
-        "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"), SOLVER=("euler", "heun", "adaptive"),
-        CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
+        "number from 0": "CFG_SCALE", "two numbers from 0 to 1": "GUIDANCE",
+        "two whole numbers from 0 or None": "GRID", "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"),
+        SOLVER=("euler", "heun", "adaptive"), CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
     if GUIDANCE[0] > GUIDANCE[1]:
         raise ValueError(f"GUIDANCE {GUIDANCE}: the interval's lower end comes first")
     if SPACING != "log" and not (isinstance(SPACING, (int, float)) and SPACING > 0):
@@ -286,16 +289,16 @@ def read_prompts():
     """PROMPTS as a list of texts; of a prepared folder, a list of the captions of each image."""
     if isinstance(PROMPTS, (str, Path)):
         if not Path(PROMPTS).is_dir():
-            raise ValueError(f"PROMPTS {str(PROMPTS)!r}: no such folder; set it to a prepared folder with captions, or "
-                             f"to a list of texts, as [{str(PROMPTS)!r}]")
+            raise ValueError(f"PROMPTS {str(PROMPTS)!r}: no such folder; set it to a prepared "
+                             f"folder with captions, or to a list of texts, as [{str(PROMPTS)!r}]")
         data = PreparedDataset(PROMPTS, with_images=False)
         if data.captions is None:
             raise ValueError(f"PROMPTS {str(PROMPTS)!r}: holds no captions; prepare images that have some")
-        return [data.captions[first:last] for first, last in zip(data.caption_offsets[:-1], data.caption_offsets[1:])]
-    if not isinstance(PROMPTS, (list, tuple)) or not PROMPTS or not all(isinstance(each, str) and each.strip()
-                                                                       for each in PROMPTS):
-        raise ValueError(f"PROMPTS {PROMPTS!r}: this model draws from text; set it to a list of texts, none of them "
-                         f"empty, or to a prepared folder with captions")
+        return [data.captions[first:last] for first, last in pairwise(data.caption_offsets)]
+    are_texts = isinstance(PROMPTS, (list, tuple)) and all(isinstance(each, str) and each.strip() for each in PROMPTS)
+    if not PROMPTS or not are_texts:
+        raise ValueError(f"PROMPTS {PROMPTS!r}: this model draws from text; set it to a list of "
+                         "texts, none of them empty, or to a prepared folder with captions")
     return [" ".join(each.split()) for each in PROMPTS]
 
 
@@ -304,8 +307,8 @@ class Sampler:
 
     def __init__(self, checkpoint, device):
         model, self.settings = load_model(checkpoint, EMA)
+        arguments, self.encoder = self.settings["sit"], None
         self.null, self.shape = getattr(model, "num_classes", None), (model.in_channels, *[model.input_size] * 2)
-        self.encoder, arguments = None, self.settings["sit"]
         unused = "CLASSES" if "context_dim" in arguments else "PROMPTS"
         if globals()[unused] is not None:
             raise ValueError(f"{unused} {globals()[unused]!r}: not what this model draws from; set it to None")
@@ -319,13 +322,13 @@ class Sampler:
         else:
             self.choices = list(range(self.null)) if CLASSES is None else list(CLASSES)
             if not self.choices or any(y not in range(self.null) for y in self.choices):
-                raise ValueError(f"CLASSES {self.choices} must name at least one of the model's classes "
-                                 f"0..{self.null - 1}")
+                raise ValueError(f"CLASSES {self.choices} must name at least one of the model's "
+                                 f"classes 0..{self.null - 1}")
         self.per_call = "bottleneck_dim" in arguments  # JiT's convention
         self.noise_scale = self.settings.get("NOISE_SCALE", 1.0)
         if MODE == "sde" and self.noise_scale != 1:
-            raise ValueError(f"MODE 'sde' knows noise of scale 1 alone, and {checkpoint} has {self.noise_scale}; set "
-                             f"it to 'ode'")
+            raise ValueError(f"MODE 'sde' knows noise of scale 1 alone, and {checkpoint} has "
+                             f"{self.noise_scale}; set it to 'ode'")
         scales = [value for value in (CFG_SCALE, *COMPARE) if not isinstance(value, (str, Path))]
         dropout = arguments.get("class_dropout_prob", self.settings.get("LABEL_DROPOUT"))
         if any(scale != 1 for scale in scales) and not dropout:
@@ -334,13 +337,13 @@ class Sampler:
         if vae_meta is not None:
             self.vae, self.scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
         if COMPILE and device.type == "cuda":
-            for part in (*model.blocks, model.final_layer):  # once for BATCH_SIZE, once for any other number of rows
+            for part in (*model.blocks, model.final_layer):  # once for BATCH_SIZE, once for any other number
                 part.compile(fullgraph=True)
         self.device, self.velocity = device, velocity_of(model.to(device), self.settings, device, PRECISION)
 
     def draw(self, indices, shown, cfg_scale=None, states=None):
-        """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of the class or prompt shown[i]. To a list `states`
-        is added what the network was given, step by step."""
+        """uint8 images [B, 3, H, W] on the CPU: sample indices[i] of the class or prompt shown[i].
+        To a list `states` is added what the network was given, step by step."""
         if self.encoder is None:
             y, null, context_of = torch.tensor(shown, device=self.device), self.null, lambda y: y
         else:
@@ -355,23 +358,24 @@ class Sampler:
         noise = IndexedNoise(SEED, indices)
         x = self.noise_scale * noise.draw(self.shape).to(self.device)
         options = dict(null=null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
-        if MODE == "ode" and SOLVER == "adaptive":
+        fixed = dict(options, steps=STEPS, path=self.settings["PATH"], spacing=SPACING)
+        if MODE == "sde":
+            latents = sample_sde(velocity, x, y, randn_like=noise.randn_like, **fixed)
+        elif SOLVER == "adaptive":
             latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
         else:
-            options.update(steps=STEPS, path=self.settings["PATH"], spacing=SPACING)
-            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **options) \
-                if MODE == "ode" else sample_sde(velocity, x, y, randn_like=noise.randn_like, **options)
+            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **fixed)
         return to_bytes(latents, self.vae, self.scale).cpu()
 
     def draw_all(self, indices, shown, **options):
         """The same for any number of them."""
-        return torch.cat([self.draw(indices[i : i + BATCH_SIZE], shown[i : i + BATCH_SIZE], **options)
-                          for i in range(0, len(indices), BATCH_SIZE)])
+        batches = [slice(i, i + BATCH_SIZE) for i in range(0, len(indices), BATCH_SIZE)]
+        return torch.cat([self.draw(indices[batch], shown[batch], **options) for batch in batches])
 
 
 def class_of(index, choices):
-    """The class or prompt of a sample: in turn, or drawn at random by (SEED, index). Of the lists of images' captions
-    they come in turn, and from each list one at random."""
+    """The class or prompt of a sample: in turn, or drawn at random by (SEED, index). Of the lists
+    of images' captions they come in turn, and from each list one at random."""
     random, of_images = np.random.default_rng((SEED, 5, index)), isinstance(choices[0], list)
     in_turn = CLASS_SAMPLING == "balanced" or of_images
     choice = choices[index % len(choices) if in_turn else random.integers(len(choices))]
@@ -383,8 +387,8 @@ def save_lines(path, lines):
 
 
 def save_pictures(sampler, out):
-    """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise of sample c K + r
-    of K classes: of class-balanced samples it is that sample."""
+    """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise
+    of sample c K + r of K classes: of class-balanced samples it is that sample."""
     rows, columns = GRID or (0, 0)
     rows, kind = min(rows or 10, len(sampler.choices)), "prompts" if sampler.encoder else "classes"
     shown = [class_of(r, sampler.choices) if isinstance(choice, list) else choice
@@ -407,18 +411,16 @@ def save_pictures(sampler, out):
         states = []
         final = sampler.draw(range(rows), shown, states=states)
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
-        frames = [final if i == len(states) else to_bytes(states[i], sampler.vae, sampler.scale).cpu() for i in moments]
+        frames = [to_bytes(states[i], sampler.vae, sampler.scale).cpu() if i < len(states) else final for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
         print(f"{out / 'path.png'}: {rows} {kind}, {FRAMES} moments from noise to image")
 
 
 def draw_samples(sampler, out, settings, checkpoint, rank, world):
-    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes) or samples.npz and prompts.txt, by all processes,
-    samples.json that describes it, and the pictures.
-
-    The images go straight into a memory-mapped file in OUT/unfinished, where `done` says which are there.
-    """
-    unfinished, wait_for_all = out / "unfinished", dist.barrier if world > 1 else lambda: None
+    """samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 the classes) or samples.npz and prompts.txt, by all processes, and
+    the pictures. Images go into a memory-mapped file in OUT/unfinished, where `done` says which are there."""
+    unfinished = out / "unfinished"
+    wait_for_all = dist.barrier if world > 1 else lambda: None
     plan_file, images_file, done_file = (unfinished / name for name in ("plan.json", "images.npy", "done.npy"))
     if rank == 0:
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -434,8 +436,8 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     wait_for_all()
     images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
     if shutil.disk_usage(out).free < images.nbytes:
-        raise ValueError(f"{out}: no room for {images.nbytes:,} bytes of samples.npz beside what is drawn; make room, "
-                         f"or choose another OUT")
+        raise ValueError(f"{out}: no room for {images.nbytes:,} bytes of samples.npz beside what "
+                         "is drawn; make room, or choose another OUT")
     missing = np.flatnonzero(~done)
     wait_for_all()  # all have seen the same before one goes on
     if rank == 0:  # while the others begin
@@ -453,23 +455,26 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     wait_for_all()
     if rank:
         return
+    write_samples(out, images, shown, captioned=bool(sampler.encoder))
+    described = dict(settings, checkpoint=checkpoint, processes=world, torch=torch.__version__)
+    write_atomically(out / "samples.json", lambda path: path.write_text(json.dumps(described, indent=1)))
+    shutil.rmtree(unfinished)
 
+
+def write_samples(out, images, shown, captioned):
     def write(path):
         with open(path, "wb") as file:
-            np.savez(file, arr_0=images, **({} if sampler.encoder else dict(arr_1=np.array(shown))))
+            np.savez(file, arr_0=images, **({} if captioned else dict(arr_1=np.array(shown))))
 
-    if sampler.encoder:
+    if captioned:
         save_lines(out / "prompts.txt", shown)
     write_atomically(out / "samples.npz", write)
     if PNGS:
         (out / "png").mkdir(exist_ok=True)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda i: Image.fromarray(images[i]).save(out / f"png/{i:06d}.png"), range(NUM_SAMPLES)))
-    described = dict(settings, checkpoint=checkpoint, processes=world, torch=torch.__version__)
-    write_atomically(out / "samples.json", lambda path: path.write_text(json.dumps(described, indent=1)))
-    shutil.rmtree(unfinished)
+            list(pool.map(lambda i: Image.fromarray(images[i]).save(out / f"png/{i:06d}.png"), range(len(images))))
     print(f"{out / 'samples.npz'}: arr_0 {list(images.shape)} uint8, "
-          + ("prompts.txt what they show" if sampler.encoder else f"classes {CLASS_SAMPLING}"))
+          + ("prompts.txt what they show" if captioned else f"classes {CLASS_SAMPLING}"))
 
 
 @ends_in_one_line
@@ -484,10 +489,7 @@ def main():
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
     names = ("VAE", "EMA", "TEXT_ENCODER", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "PROMPTS", "SEED", "MODE",
              "SOLVER", "STEPS", "TOLERANCE", "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
-    with open(checkpoint, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
+    digest = hashlib.sha256(np.memmap(checkpoint, mode="r"))
     settings = dict(weights_sha256=digest.hexdigest(), **{name: globals()[name] for name in names})
     settings = json.loads(json.dumps(settings, default=str))
     finished = NUM_SAMPLES and (out / "samples.json").exists()

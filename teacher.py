@@ -31,8 +31,8 @@ def preprocess(images, mean, std, size):
 def load_network(name, pretrained=True):
     """The network called `name`, in eval mode: a timm name, or a .safetensors file of experiments/train_network.py.
 
-    Its mean, std and input size stand in `timm.data.resolve_model_data_config(network)`. Raises ValueError if the name
-    is unknown, the weights cannot be fetched, or the file is damaged.
+    Its mean, std and input size stand in `timm.data.resolve_model_data_config(network)`. Raises
+    ValueError if the name is unknown, the weights cannot be fetched, or the file is damaged.
     """
     if str(name).endswith(".safetensors"):
         if not Path(name).exists():
@@ -58,9 +58,9 @@ def load_network(name, pretrained=True):
             known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
             raise ValueError(f"timm has no weights called {name!r}; choose one of {', '.join(known)}" if known else
                              f"timm has no weights of {name!r}; choose another network") from error
-        raise ValueError(f"the weights of {name!r} could not be fetched ({type(error).__name__}); check the "
-                         f"connection, or fetch them where there is one and copy the Hugging Face cache "
-                         f"(HF_HOME)") from error
+        raise ValueError(f"the weights of {name!r} could not be fetched ({type(error).__name__}); "
+                         "check the connection, or fetch them where there is one and copy the "
+                         "Hugging Face cache (HF_HOME)") from error
 
 
 def attention_with_qk(attn, x):
@@ -101,8 +101,8 @@ class Teacher(nn.Module):
                 raise ValueError(f"teacher {kind} has no attention of the usual kind in layer {layer} "
                                  f"({type(block).__name__}, {type(attn).__name__}); choose another timm ViT")
         if input_size % patch:
-            raise ValueError(f"teacher input_size {input_size} is no multiple of its patch size {patch}; "
-                             f"take the student's grid times {patch}")
+            raise ValueError(f"teacher input_size {input_size} is no multiple of its patch size "
+                             f"{patch}; take the student's grid times {patch}")
         config = timm.data.resolve_model_data_config(network)
         network.set_input_size(img_size=(input_size, input_size))
         self.input_size, self.dim, self.grid = input_size, network.embed_dim, input_size // patch

@@ -50,8 +50,8 @@ class TextEncoder(nn.Module):
                              f"folder of a CLIP, T5 or BERT-like encoder; without a connection, copy the Hugging Face "
                              f"cache (HF_HOME) from where there is one") from error
         if found != (1, self.length, self.dim):
-            raise ValueError(f"text encoder {name!r} gives {list(found)} for a caption, not [1, {self.length}, "
-                             f"{self.dim}]; choose a CLIP, T5 or BERT-like encoder")
+            raise ValueError(f"text encoder {name!r} gives {list(found)} for a caption, not [1, "
+                             f"{self.length}, {self.dim}]; choose a CLIP, T5 or BERT-like encoder")
 
     def train(self, mode=True):
         return super().train(False)  # frozen
@@ -70,9 +70,9 @@ class TextEncoder(nn.Module):
 class CaptionTable:
     """The context of captions by their numbers: table(y), y int64 [B], is [B, L, C].
 
-    captions: a list of texts; number len(captions), `null`, is the empty one's: "no text". Equal captions are encoded
-    once, at the start where their embeddings take `gib` GiB at most (one of CLIP's takes 231 KiB in float32), otherwise
-    at each call.
+    captions: a list of texts; number len(captions), `null`, is the empty one's: "no text". Equal
+    captions are encoded once, at the start where their embeddings take `gib` GiB at most (one of
+    CLIP's takes 231 KiB in float32), otherwise at each call.
     """
 
     def __init__(self, encoder, captions, gib=float("inf")):

@@ -1,11 +1,11 @@
-"""Trains a SiT, an MMDiT on captions or a JiT on pixels with HASTE (arXiv 2505.16792): phase I aligns it with a frozen
-teacher, phase II is plain training.
+"""Trains a SiT, an MMDiT on captions or a JiT on pixels with HASTE (arXiv 2505.16792): phase I
+aligns it with a frozen teacher, phase II is plain training.
 
     python train.py                                  # one GPU, or a CPU
     torchrun --nproc_per_node=8 train.py             # eight GPUs
-    train.STEPS = 1000; train.main()                 # an experiment: set constants in a Python file of yours
+    train.STEPS = 1000; train.main()                 # an experiment, in a Python file of yours
 
-The constants below are the paper's ImageNet 256x256 run. The same command again resumes where the run stopped.
+The constants below are the paper's ImageNet 256x256 run. The same command again resumes.
 """
 
 import gc
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,29 +26,30 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import checkpoint
-from model import MODELS, attention_logits, interpolate, make_network
-from prepare_latents import (check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, open_loader,
-                             PreparedDataset, run_script, start_processes)
+import costs
+from dataset import PreparedDataset, open_loader
+from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
+from model import MODELS, interpolate, make_network
+from runtime import check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, run_script, start_processes
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from text import CaptionTable, TextEncoder
-from vae import load_vae
+from vae import load_vae, sample_latents
 
 # data and run
 DATA_DIR = "data/imagenet256"  # written by prepare_latents.py
-RUN_DIR = "runs/haste-xl"  # everything that this run writes; with several nodes, on a disk that all of them see
+RUN_DIR = "runs/haste-xl"  # everything that this run writes; of several nodes, on a disk that all see
 WORKERS = 8  # processes per GPU that read batches; 0: none but this one
-MIRROR = False  # show each image mirrored with probability 0.5; for latents, set prepare_latents.MIRROR first
+MIRROR = False  # show each image mirrored with probability 0.5; latents want prepare_latents.MIRROR
 SEED = 0
 # model
 MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions, a JiT predicts pixels
 PATH = "linear"  # interpolant: "linear" or "cosine"
-LABEL_DROPOUT = 0.1  # probability of training on "no label", or the empty caption, for classifier-free guidance
-TIMES = "uniform"  # at which to train; or (mean, std) of a logit-normal: (0.0, 1.0) favours the middle, SD3's
+LABEL_DROPOUT = 0.1  # probability of "no label", or the empty caption, for classifier-free guidance
+TIMES = "uniform"  # or (mean, std) of a logit-normal: (0.0, 1.0), SD3's, favours the middle
 TIME_SHIFT = 1.0  # s: times t become s t / (1 + (s - 1) t); above 1 nearer to noise
 NOISE_SCALE = 1.0  # standard deviation of the noise; 2.0: JiT's at 512 pixels
 # captions
@@ -56,19 +57,18 @@ TEXT_ENCODER = "openai/clip-vit-large-patch14"  # of transformers: hub name or f
 TEXT_LENGTH = 77  # tokens of a caption; longer ones are cut, shorter ones padded
 TEXT_TABLE_GIB = 4  # up to so many, all captions are encoded once; beyond, those of each batch
 # phase I: alignment with the teacher
-TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a file written by experiments/train_network.py
-LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher) layers, 0-based; B/2: (2, 7) (3, 9) (4, 11)
+TEACHER = "vit_base_patch14_dinov2.lvd142m"  # timm name, or a file of experiments/train_network.py
+LAYER_PAIRS = [(4, 8), (5, 9), (6, 10), (7, 11)]  # (student, teacher), 0-based; B/2: (2, 7) (3, 9) (4, 11)
 ALIGN_DEPTH = 8  # blocks before the tokens whose features are aligned; B/2: 5
 FEATURE_WEIGHT = 0.5
 ATTENTION_WEIGHT = 0.5  # 0: REPA
-PROJECTOR = "mlp"  # from the student's tokens to the teacher's: REPA's; or "conv", iREPA's 3 x 3 convolution
-SPATIAL_NORM = 0.0  # iREPA's gamma, 0.6: of the teacher's tokens, that part of their mean over the image is left out
+PROJECTOR = "mlp"  # from the student's tokens to the teacher's, as REPA; "conv": 3 x 3, as iREPA
+SPATIAL_NORM = 0.0  # iREPA's gamma, 0.6: which part of their mean the teacher's tokens lose
 ALIGN_STEPS = 250_000  # length of phase I at most; 0: plain SiT; B/2: 100_000
-TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the losses' gradients are in "conflict"
-CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which the gradients' cosine is measured and logged; 0: never
+TRIGGER = "step"  # phase I ends at ALIGN_STEPS; or before, when the gradients are in "conflict"
+CONFLICT_FROM, CONFLICT_EVERY = 50_000, 10_000  # steps at which their cosine is measured; 0: never
 CONFLICT_IMAGES, CONFLICT_TIMES = 2048, (0.02, 0.1, 0.5, 0.8)  # on what; in whole batches
-CONFLICT_BELOW = -0.05  # "conflict" ends phase I when their mean falls below: the paper's SiT-B/2 example. For XL/2, by
-# the paper's own table, the mean stays between -0.004 and +0.023 until step 290,000: it would not have fired
+CONFLICT_BELOW = -0.05  # a mean below ends phase I: the paper's SiT-B/2 example (XL/2's, by its table, is never so low)
 # optimisation
 STEPS = 500_000  # 100 epochs of ImageNet
 BATCH_SIZE = 256  # images per step over all GPUs
@@ -81,10 +81,10 @@ EMA_DECAY = 0.9999
 MAX_SKIPPED = 20  # steps in a row with a loss that is not finite, after which the run stops
 # speed and memory
 COMPILE = True
-SHARDING = "zero2"  # of weights over GPUs: gathered once a step; "zero3": again for backward; "replicate": not sharded
-REDUCE_PRECISION = "float32"  # of gradients on their way between GPUs; "bf16": half the traffic, rounded sums
-RESIDUAL_PRECISION = "float32"  # of the tokens that blocks add to, where all else is bf16; "bf16": less to move
-ACTIVATION_CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, about 1/3 more compute
+SHARDING = "zero2"  # of weights: gathered once a step; "zero3": again for backward; "replicate": never split
+REDUCE_PRECISION = "float32"  # of gradients between GPUs; "bf16": half the traffic, rounded sums
+RESIDUAL_PRECISION = "float32"  # of the tokens that blocks add to; "bf16": less to move
+ACTIVATION_CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, 1/3 more work
 # reports
 LOG_EVERY = 100  # steps; log.csv holds means over them
 CHECKPOINT_EVERY = 10_000
@@ -94,78 +94,29 @@ PREVIEW_EVERY = 10_000  # grid of EMA samples; 0: none
 PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler steps
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
-# A run cannot be resumed with another value of these: they shape the weights, the data order or the noise.
-FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHIFT", "NOISE_SCALE", "TEXT_ENCODER",
-          "TEXT_LENGTH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH", "FEATURE_WEIGHT", "ATTENTION_WEIGHT",
-          "PROJECTOR", "SPATIAL_NORM")
-COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "gradient_cosine",
-           "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
+# A run cannot be resumed with another value of these: they shape weights, data order or noise.
+FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHIFT", "NOISE_SCALE",
+          "TEXT_ENCODER", "TEXT_LENGTH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
+          "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM")
+COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm",
+           "gradient_cosine", "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
 
 
-# ----- losses ---------------------------------------------------------------------------------------------------------
-def attention_loss(student_logits, teacher_logits):
-    """Cross-entropy of the student's attention rows against the teacher's: mean over rows, heads, batch, layer pairs.
-
-    Lists of pre-softmax logits [B, heads, N, N], one per pair. Of unequal head counts the first min(Hs, Ht) are paired.
-    HASTE, arXiv 2505.16792; computed in float32.
-    """
-    losses = []
-    for s, p in zip(student_logits, teacher_logits, strict=True):
-        if s.shape[0] != p.shape[0] or s.shape[2:] != p.shape[2:]:
-            raise ValueError(f"student attention {list(s.shape)} and teacher attention {list(p.shape)} do not match; "
-                             f"run the teacher at the student's grid times its patch size")
-        heads = min(s.shape[1], p.shape[1])
-        rows, targets = s[:, :heads].float(), p[:, :heads].float().softmax(dim=-1)  # [B, heads, N, N]
-        losses.append(F.cross_entropy(rows.flatten(0, 2), targets.flatten(0, 2)))
-    return torch.stack(losses).mean()
-
-
-def attention_loss_of_qk(student, teacher):
-    """attention_loss of the logits that (queries, keys), each [B, heads, N, head dim], make: two lists of such pairs.
-
-    Logits exist for paired heads alone, beside the fused attention: at 256 tokens as fast on a CPU as attending with
-    them. Above, they are made 256 rows at a time, and again in the backward pass, so that no [N, N] tensor is kept.
-    """
-    def of_rows(q, k, teacher_q, teacher_k):
-        return attention_loss([attention_logits(q, k)], [attention_logits(teacher_q, teacher_k)])
-
-    losses = []
-    for (q, k), (teacher_q, teacher_k) in zip(student, teacher, strict=True):
-        heads, N = min(q.shape[1], teacher_q.shape[1]), q.shape[2]
-        q, k, teacher_q, teacher_k = (each[:, :heads] for each in (q, k, teacher_q, teacher_k))
-        loss_of = of_rows if N <= 256 else partial(torch.utils.checkpoint.checkpoint, of_rows, use_reentrant=False)
-        losses.append(sum(rows.shape[2] / N * loss_of(rows, k, targets, teacher_k)
-                          for rows, targets in zip(q.split(256, dim=2), teacher_q.split(256, dim=2))))
-    return torch.stack(losses).mean()
-
-
-def feature_loss(student_tokens, teacher_tokens):
-    """Minus the cosine similarity of tokens [B, N, D], mean over tokens and batch (REPA, arXiv 2410.06940)."""
-    if student_tokens.shape != teacher_tokens.shape:
-        raise ValueError(f"student features {list(student_tokens.shape)} and teacher tokens "
-                         f"{list(teacher_tokens.shape)} do not match; run the teacher at the student's grid times its "
-                         f"patch size")
-    student, teacher = F.normalize(student_tokens.float(), dim=-1), F.normalize(teacher_tokens.float(), dim=-1)
-    return -(student * teacher).sum(dim=-1).mean()
-
-
-def normalize_over_tokens(tokens, gamma):
-    """Teacher tokens [B, N, D] less gamma times their mean over each image, by their standard deviation there: what is
-    left says where in the image something is, more than what the image shows (iREPA, arXiv 2512.10794)."""
-    tokens = tokens.float()
-    return (tokens - gamma * tokens.mean(dim=1, keepdim=True)) / (tokens.std(dim=1, keepdim=True) + 1e-6)
-
-
+# ----- losses of a batch --------------------------------------------------------------------------
 def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
     """(feature, attention) loss; zero where the student hands out nothing to align."""
-    zero = torch.zeros((), device=teacher_tokens.device)
-    teacher_tokens = normalize_over_tokens(teacher_tokens, SPATIAL_NORM) if SPATIAL_NORM else teacher_tokens
-    return (zero if features is None else feature_loss(features, teacher_tokens),
-            attention_loss_of_qk(student_qk, teacher_qk) if student_qk else zero)
+    feature = attention = torch.zeros((), device=teacher_tokens.device)
+    if SPATIAL_NORM:
+        teacher_tokens = normalize_over_tokens(teacher_tokens, SPATIAL_NORM)
+    if features is not None:
+        feature = feature_loss(features, teacher_tokens)
+    if student_qk:
+        attention = attention_loss_of_qk(student_qk, teacher_qk)
+    return feature, attention
 
 
 def compute_losses(student, teacher, x, noise, t, context, images, align=alignment_losses):
-    """(denoising, feature, attention) loss of a batch; without a teacher (phase II) the last two are zero.
+    """(denoising, feature, attention) loss of a batch; in phase II, without a teacher, the last two are 0.
     context: what the student takes beside x_t and t, class ids [B] or embedded captions [B, L, C]."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
@@ -179,7 +130,7 @@ def compute_losses(student, teacher, x, noise, t, context, images, align=alignme
     return F.mse_loss(velocity.float(), target), feature, attention
 
 
-# ----- data order and noise: functions of (SEED, step), so that nothing need be replayed on resume --------------------
+# ----- data order and noise: functions of (SEED, step), so that nothing need be replayed ----------
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, count):
     """Order of the data set's images in an epoch, int64 [count]."""
@@ -192,36 +143,36 @@ def part_of(rank, world):
 
 
 def batch_indices(step, count, rank, world):
-    """This rank's part of the step's batch: numbers of images, plus `count` for a mirrored one (see PreparedDataset).
-    Epochs follow each other without a gap."""
+    """This rank's part of the step's batch: numbers of images, plus `count` for a mirrored one (see
+    PreparedDataset). Epochs follow each other without a gap."""
     part = part_of(rank, world)
     positions = (np.arange(BATCH_SIZE) + step * BATCH_SIZE)[part]
     epochs = positions // count
-    images = np.concatenate([permutation(SEED, int(epoch), count)[positions[epochs == epoch] % count]
-                             for epoch in np.unique(epochs)])
-    return images + count * (MIRROR & (np.random.default_rng((SEED, 1, step)).random(BATCH_SIZE) < 0.5)[part])
+    images = np.concatenate([permutation(SEED, int(each), count)[positions[epochs == each] % count]
+                             for each in np.unique(epochs)])
+    mirrored = np.random.default_rng((SEED, 1, step)).random(BATCH_SIZE) < 0.5
+    return images + count * (MIRROR & mirrored[part])
 
 
 def caption_draws(step, rank, world):
-    """Which of its captions each image of this rank's part of the batch comes with: draws [B] in 0..1."""
+    """Which of its captions each image of this rank's part comes with: draws [B] in 0..1."""
     return np.random.default_rng((SEED, 6, step)).random(BATCH_SIZE)[part_of(rank, world)]
 
 
 def open_batches(data, steps, rank, world, device):
-    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the device. Labels are
-    class ids, or for a model that takes text the numbers of captions."""
+    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the
+    device. Labels are class ids, or for a model that takes text the numbers of captions."""
     def chosen(step):
         images = batch_indices(step, len(data), rank, world)
         return (images, caption_draws(step, rank, world)) if "context_dim" in MODELS[MODEL] else images
 
-    return ([part if part is None else part.to(device, non_blocking=True) for part in batch]
-            for batch in open_loader(data, map(chosen, steps), WORKERS, device))
+    loader = open_loader(data, map(chosen, steps), WORKERS, device)  # whose processes begin at once
+    return ([part if part is None else part.to(device, non_blocking=True) for part in batch] for batch in loader)
 
 
 def draw_noise(step, shape, rank, world, device, stream=1):
-    """The step's random draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1.
-    Drawn for the whole global batch, of which each rank takes its part: the number of GPUs changes nothing. (Their
-    model may: PyTorch spreads the draws over a GPU's multiprocessors.)"""
+    """The step's draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1. Each rank
+    takes its part of the whole global batch's: the number of GPUs changes nothing. (Their model may.)"""
     generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
     part = part_of(rank, world)
     normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
@@ -232,29 +183,21 @@ def draw_noise(step, shape, rank, world, device, stream=1):
 def spread_times(u):
     """Times t [B] in 0..1 of uniform draws u, as TIMES and TIME_SHIFT say (SD3, arXiv 2403.03206)."""
     t = u
-    if TIMES != "uniform":  # quantiles of the normal distribution, in float64 for those far out
-        t = torch.sigmoid(TIMES[0] + TIMES[1] * 2**0.5 * torch.erfinv(2 * u.double() - 1)).float()
+    if TIMES != "uniform":
+        mean, std = TIMES
+        normal = 2**0.5 * torch.erfinv(2 * u.double() - 1)  # quantiles, in float64 for those far out
+        t = torch.sigmoid(mean + std * normal).float()
     return t if TIME_SHIFT == 1 else TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
 
 
-def sample_latents(moments, noise, vae_meta):
-    """Scaled latents from stored (mean, std) [B, 2C, h, w]; without a VAE, from uint8 [B, C, H, W], pixels in -1..1."""
-    if vae_meta is None:
-        pixels = moments.float(memory_format=torch.contiguous_format)  # decoded ones lie channels last
-        return (pixels / 127.5 - 1).half().float()  # rounded as earlier versions stored them: a run goes on the same
-    mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * noise) * vae_meta["scale"]
-
-
-# ----- model over GPUs, optimiser, EMA --------------------------------------------------------------------------------
+# ----- model over GPUs, optimiser, EMA ------------------------------------------------------------
 def shard(model, device, world, shards, dtype):
-    """Spreads the model over all processes (FSDP2), gathered in `dtype` for its use four blocks at a time: of single
-    ones the CPU makes too much work. Weights are float32, as are gradients once they are summed.
-    Each group of `shards` neighbouring ranks holds the weights once; this rank's group is returned.
-    """
+    """Spreads the model over all processes (FSDP2): float32 weights, gathered in `dtype` four blocks at a
+    time, of single ones the CPU makes too much work. Each group of `shards` neighbouring ranks holds the
+    weights once; this rank's group is returned."""
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
-    # Under autocast the residual stream and what lies outside the blocks stay float32, as on one device.
+    # Under autocast the residual stream and what lies outside the blocks stay float32.
     reduced = torch.float32 if REDUCE_PRECISION == "float32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     fours = [list(model.blocks[i : i + 4]) for i in range(0, len(model.blocks), 4)]
@@ -271,19 +214,18 @@ def local(tensor):
 
 @torch.no_grad()
 def make_optimizer(model):
-    """AdamW over this rank's shards of what trains, in its order: of DTensors a step would cost the CPU far
-    more. Fused: one kernel, and it can skip a step on the device (see the loop)."""
+    """AdamW over this rank's shards of what trains, in its order: of DTensors a step would cost the
+    CPU far more. Fused: one kernel, and it can skip a step on the device (see the loop)."""
     shards = [local(p) for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(shards, LEARNING_RATE, BETAS, eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
     for p in shards:  # its state from the start, so that a checkpoint can be read into it
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                  exp_avg_sq=torch.zeros_like(p))
+        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **moments)
     return optimizer
 
 
 def clip_gradients(shards, group):
-    """Scales the gradients that the ranks of `group` hold together to a norm of GRAD_CLIP at most; returns the norm
-    before."""
+    """Scales the gradients that the ranks of `group` hold to a norm of GRAD_CLIP at most; returns the norm before."""
     gradients = [p.grad for p in shards if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))  # of this rank's shards
     if group is not None:
@@ -295,73 +237,85 @@ def clip_gradients(shards, group):
     return norm
 
 
-# ----- settings, and a measurement beside the training step -----------------------------------------------------------
+# ----- settings, and a measurement beside the training step ---------------------------------------
+def are_pairs(values):
+    """Whether a constant is a list of pairs."""
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(each, (list, tuple)) and len(each) == 2 for each in values)
+
+
 def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER", "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
+        "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER",
+        "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
         "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS WARMUP_STEPS LOG_EVERY "
                                "CHECKPOINT_EVERY CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
         "whole number from 1": "TEXT_LENGTH ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED "
-                               "PREVIEW_STEPS", "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE",
+                               "PREVIEW_STEPS",
         "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT SPATIAL_NORM LEARNING_RATE WEIGHT_DECAY",
-        "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "number from -1 to 1": "CONFLICT_BELOW",
-        "numbers from 0 to 1": "CONFLICT_TIMES", "two numbers from 0 to 0.9999999": "BETAS",
-        "two whole numbers from 1": "PREVIEW_GRID"}, MODEL=MODELS, PATH=("linear", "cosine"),
-        TRIGGER=("step", "conflict"), SHARDING=("zero2", "zero3", "replicate"), TRACKER=(None, "tensorboard", "wandb"),
-        REDUCE_PRECISION=("float32", "bf16"), RESIDUAL_PRECISION=("float32", "bf16"), PROJECTOR=("mlp", "conv"))
+        "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE", "number from -1 to 1": "CONFLICT_BELOW",
+        "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "numbers from 0 to 1": "CONFLICT_TIMES",
+        "two whole numbers from 1": "PREVIEW_GRID", "two numbers from 0 to 0.9999999": "BETAS"},
+        MODEL=MODELS, PATH=("linear", "cosine"), PROJECTOR=("mlp", "conv"), TRIGGER=("step", "conflict"),
+        SHARDING=("zero2", "zero3", "replicate"), REDUCE_PRECISION=("float32", "bf16"),
+        RESIDUAL_PRECISION=("float32", "bf16"), TRACKER=(None, "tensorboard", "wandb"))
 
-    parts, depth, package = world * MICRO_BATCHES, MODELS[MODEL]["depth"], TRACKER and importlib.util.find_spec(TRACKER)
-    pairs_fit = LAYER_PAIRS and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in range(depth)
-                                    for pair in LAYER_PAIRS)
-    for good, message in (
-            (not TRACKER or package and package.origin,  # a folder of that name is no package
-             f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None"),
-            (BATCH_SIZE % parts == 0,
-             f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} MICRO_BATCHES; "
-             f"the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}"),
-            (TIMES == "uniform" or isinstance(TIMES, (tuple, list)) and len(TIMES) == 2
-             and all(isinstance(each, (int, float)) for each in TIMES) and TIMES[1] > 0,
-             f"TIMES {TIMES!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0"),
-            ("bottleneck_dim" not in MODELS[MODEL] or TIMES != "uniform" and PATH == "linear",
-             f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to 'linear', and "
-             f"TIMES to JiT's (0.8, 0.8) or another logit-normal"),
-            (TRIGGER == "step" or CONFLICT_EVERY,
-             "TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps"),
-            (not ALIGN_STEPS or ALIGN_DEPTH <= depth,
-             f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these"),
-            (not (ALIGN_STEPS and ATTENTION_WEIGHT) or pairs_fit,
-             f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the student's in 0..{depth - 1}; set "
-             f"ATTENTION_WEIGHT to 0 for none")):
-        if not good:
-            raise ValueError(message)
+    arguments = MODELS[MODEL]
+    depth, parts = arguments["depth"], world * MICRO_BATCHES
+    if TRACKER:
+        package = importlib.util.find_spec(TRACKER)
+        if package is None or not package.origin:  # a folder of that name is no package
+            raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
+    if BATCH_SIZE % parts:
+        raise ValueError(f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} "
+                         f"MICRO_BATCHES; the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
+    if TIMES != "uniform" and not (
+            are_pairs([TIMES]) and all(isinstance(each, (int, float)) for each in TIMES) and TIMES[1] > 0):
+        raise ValueError(f"TIMES {TIMES!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0")
+    if "bottleneck_dim" in arguments and (TIMES == "uniform" or PATH != "linear"):
+        raise ValueError(f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to "
+                         f"'linear', and TIMES to JiT's (0.8, 0.8) or another logit-normal")
+    if TRIGGER == "conflict" and not CONFLICT_EVERY:
+        raise ValueError("TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
+    if ALIGN_STEPS and ALIGN_DEPTH > depth:
+        raise ValueError(f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these")
+    if ALIGN_STEPS and ATTENTION_WEIGHT:
+        fit = LAYER_PAIRS and are_pairs(LAYER_PAIRS) and all(student in range(depth) for student, _ in LAYER_PAIRS)
+        if not fit:
+            raise ValueError(f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the "
+                             f"student's in 0..{depth - 1}; set ATTENTION_WEIGHT to 0 for none")
 
 
 def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
-    HASTE's measure of when the teacher starts to hinder: on the first CONFLICT_IMAGES images of the run, in whole
-    batches, at each time in CONFLICT_TIMES. The same on all ranks, for any number of them; leaves no gradient behind.
+    HASTE's measure of when the teacher starts to hinder: on the run's first CONFLICT_IMAGES images, in
+    whole batches, at each time in CONFLICT_TIMES. The same on all ranks, for any number of them.
     """
     block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
-    batches = list(open_batches(data, range(max(1, CONFLICT_IMAGES // BATCH_SIZE)), rank, world, device))
+    steps = range(max(1, CONFLICT_IMAGES // BATCH_SIZE))
+    batches = list(open_batches(data, steps, rank, world, device))
+    micro = BATCH_SIZE // world // MICRO_BATCHES
 
     def gradient(time, aligned):
-        for i, (moments, labels, images) in enumerate(batches):
-            posterior_noise, noise, _, _ = draw_noise(i, data.shape, rank, world, device, stream=2)
+        for step, (moments, labels, images) in zip(steps, batches):
+            posterior_noise, noise, _, _ = draw_noise(step, data.shape, rank, world, device, stream=2)
             x = sample_latents(moments, posterior_noise, data.vae)
-            for x, noise, y, images in zip(*(each.chunk(MICRO_BATCHES) for each in (x, noise, labels, images))):
-                t = torch.full_like(x[:, 0, 0, 0], time)
-                context = context_of(y)
+            t = torch.full_like(x[:, 0, 0, 0], time)
+            for i in range(MICRO_BATCHES):
+                part = slice(i * micro, (i + 1) * micro)
+                context = context_of(labels[part])
                 with autocast():
-                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x, noise, t,
-                                                                   context, images, align)
-                (FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention if aligned else denoising).backward()
+                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x[part],
+                                                                   noise[part], t[part], context, images[part], align)
+                alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
+                (alignment if aligned else denoising).backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
         model.zero_grad(set_to_none=True)
         return torch.cat([checkpoint.whole(each).flatten() for each in found])
 
-    if dist.is_initialized():  # the alignment losses do not reach the end of their four blocks, which would gather anew
+    if dist.is_initialized():  # the alignment losses do not reach the end of their four blocks
         model.set_reshard_after_forward(False)
     mean = torch.stack([F.cosine_similarity(gradient(t, False), gradient(t, True), dim=0)
                         for t in CONFLICT_TIMES]).mean()
@@ -371,7 +325,25 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
     return mean.item()
 
 
-# ----- the run --------------------------------------------------------------------------------------------------------
+# ----- the run ------------------------------------------------------------------------------------
+def network_arguments(data):
+    """What the network is built with, by MODEL and the data. Raises ValueError where the two do not fit."""
+    if MIRROR and data.vae is not None and data.mirrored is None:
+        raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
+                         f"prepare_latents.MIRROR = True, or set MIRROR to False")
+    network = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1],
+                   align_depth=ALIGN_DEPTH, teacher_dim=None, projector=PROJECTOR)
+    if data.shape[1] % network["patch_size"] or ("bottleneck_dim" in network and data.vae):
+        raise ValueError(f"MODEL {MODEL!r} does not fit the {'latents' if data.vae else 'pixels'} of {DATA_DIR}, "
+                         f"{data.shape}; its patch must divide the side, and a JiT needs prepare_latents.VAE = None")
+    if "context_dim" not in network:
+        return dict(network, num_classes=len(data.classes), class_dropout_prob=LABEL_DROPOUT)
+    if data.captions is None:
+        raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; "
+                         "prepare images that have some, or choose a SiT")
+    return network
+
+
 @ends_in_one_line
 def main():
     # processes and precision
@@ -383,58 +355,57 @@ def main():
     # data, and where the run stands: phase II opens images only where they are the training data
     check_settings(world)
     data = PreparedDataset(DATA_DIR, with_images=False)
-    if MIRROR and data.vae is not None and data.mirrored is None:
-        raise ValueError(f"MIRROR: {DATA_DIR} holds no latents of mirrored images; prepare it again with "
-                         f"prepare_latents.MIRROR = True, or set MIRROR to False")
-    sit, encoder = dict(MODELS[MODEL], in_channels=data.shape[0], input_size=data.shape[1], align_depth=ALIGN_DEPTH,
-                        teacher_dim=None, projector=PROJECTOR), None
-    if data.shape[1] % sit["patch_size"] or "bottleneck_dim" in sit and data.vae:
-        raise ValueError(f"MODEL {MODEL!r} does not fit the {'latents' if data.vae else 'pixels'} of {DATA_DIR}, "
-                         f"{data.shape}; its patch must divide the side, and a JiT needs prepare_latents.VAE = None")
-    if "context_dim" in sit:
-        if data.captions is None:
-            raise ValueError(f"MODEL {MODEL!r} learns from captions, of which {DATA_DIR} has none; prepare images that "
-                             f"have some, or choose a SiT")
+    network = network_arguments(data)
+    encoder = None
+    if "context_dim" in network:
         encoder = TextEncoder(TEXT_ENCODER, TEXT_LENGTH).to(device, precision)
-        sit["context_dim"] = encoder.dim
-    else:
-        sit.update(num_classes=len(data.classes), class_dropout_prob=LABEL_DROPOUT)
-    settings, run = checkpoint.describe(globals(), data, sit), Path(RUN_DIR)
+        network["context_dim"] = encoder.dim
+    run = Path(RUN_DIR)
+    settings = checkpoint.describe(globals(), data, network)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
-    phase_one_is_over = lambda: step >= ALIGN_STEPS or (
-        TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
-    aligning = aligning and (FEATURE_WEIGHT or ATTENTION_WEIGHT) > 0 and not phase_one_is_over()  # once False, for good
 
-    # what turns labels into the context that the model takes: classes as they are, captions to their embeddings
-    captions = CaptionTable(encoder, data.captions, TEXT_TABLE_GIB) if encoder else None
-    context_of, null, encoder = captions or (lambda y: y), captions.null if captions else len(data.classes), None
+    def phase_one_is_over():
+        return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
+
+    if phase_one_is_over() or not (FEATURE_WEIGHT or ATTENTION_WEIGHT):
+        aligning = False  # once False, for good
+
+    # what turns labels into what the model takes: classes as they are, captions to their embeddings
+    captions, context_of, null = None, lambda y: y, len(data.classes)
+    if encoder is not None:
+        captions = context_of = CaptionTable(encoder, data.captions, TEXT_TABLE_GIB)
+        null = captions.null
+    del encoder  # the table has it if it needs it
 
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
     if aligning:
         data = PreparedDataset(DATA_DIR)
         layers = [layer for _, layer in LAYER_PAIRS] if ATTENTION_WEIGHT else []
-        teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // sit["patch_size"]).to(device)
+        teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
+        if FEATURE_WEIGHT:
+            network["teacher_dim"] = teacher.dim
     vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
-    model = make_network(dict(sit, teacher_dim=teacher.dim if aligning and FEATURE_WEIGHT else None)).to(device)
+    model = make_network(network).to(device)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     model.bf16_tokens = RESIDUAL_PRECISION == "bf16" and precision == torch.bfloat16
-    flops = checkpoint.flops_per_image(model, teacher, captions)
-    if COMPILE:  # block by block: one compilation serves all, and FSDP gathers their weights between them
+    times_of = spread_times
+    if COMPILE:  # block by block: one compilation serves all, and FSDP gathers between them
         for part in (*model.blocks, model.final_layer, *([teacher] if aligning else [])):
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
         align = torch.compile(alignment_losses, fullgraph=True, dynamic=False)
-    times_of = torch.compile(spread_times, fullgraph=True, dynamic=False) if COMPILE else spread_times
+        times_of = torch.compile(spread_times, fullgraph=True, dynamic=False)
     shards = 1 if SHARDING == "replicate" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # over several nodes sharded inside each, replicated between them; on one GPU, gathered is once cast to bf16
+    # of several nodes, sharded inside each, replicated between them; on one GPU gathering casts to bf16
     sharded = dist.is_initialized()
     group = shard(model, device, world, shards, precision) if sharded else None
     optimizer = make_optimizer(model)
-    trained, trained_shards = [p for p in model.parameters() if p.requires_grad], optimizer.param_groups[0]["params"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_shards = optimizer.param_groups[0]["params"]
     ema = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("projectors.")}
     with torch.no_grad():
         ema_shards = [local(average) for average in ema.values()]
@@ -444,7 +415,8 @@ def main():
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
-    lock = checkpoint.open_run(run, settings, saved, step, COLUMNS, rank)  # noqa: F841 - held until main() ends
+    # the run's folder, and what the run will cost
+    lock = checkpoint.open_run(run, settings, saved, step, COLUMNS, rank)  # noqa: F841 - held to the end
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
@@ -452,28 +424,23 @@ def main():
             tqdm.write(text)
             checkpoint.append(run / "log.txt", text)
 
-    # what the run will cost
-    micro, parameters = BATCH_SIZE // world // MICRO_BATCHES, sum(p.numel() for p in model.parameters())
-    memory = checkpoint.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision,
-                                     device) / 2**30
-    peak_rate = world * checkpoint.matrix_rate(device, precision)
-    hours = 1000 * BATCH_SIZE * flops / (peak_rate / 2) / 3600
-    heads, N, D = model.num_heads, *model.pos_embed.shape[1:]
-    q = torch.empty(1, heads, N, D // heads, dtype=precision, device=device)
-    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()  # as PyTorch will choose
-    log(f"{MODEL}, {parameters:,} parameters, {len(data):,} images, {world} x {device.type}, {precision}, {kernel}, "
-        f"phase {'I' if aligning else 'II'} from step {step:,}\n"
-        f"estimate: about {memory:.3g} GiB per process; {flops / 1e9:.3g} GFLOP per image, so at half of the measured "
-        f"{peak_rate / 1e12:.3g} TFLOP/s 1,000 steps take {hours:.2g} hours")
+    micro = BATCH_SIZE // world // MICRO_BATCHES
+    memory = costs.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision, device)
+    peak_rate = world * costs.matrix_rate(device, precision)
+    flops = costs.flops_per_image(model, teacher, captions)
+    log(f"{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
+        f"{device.type}, {precision}, {costs.attention_kernel(model, precision, device)}, phase "
+        f"{'I' if aligning else 'II'} from step {step:,}\n{costs.estimate(memory, flops, peak_rate, BATCH_SIZE)}")
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     gc.freeze()
-    gc.disable()  # each rank would collect, and make the others wait, at another time: all do it when they log
+    gc.disable()  # each rank would collect, and make others wait, at another time: all do when they log
     signals = collect_stops()  # from here on a stop lets all processes finish the step and save
     batches = open_batches(data, range(step, min(STEPS, ALIGN_STEPS) if aligning else STEPS), rank, world, device)
     bar = tqdm(total=STEPS, initial=step, unit="step", disable=rank > 0)
-    first_step, logged_step, clock, stopped_by, failure = step, step, time.perf_counter(), 0, None
+    first_step = logged_step = step
+    clock, stopped_by, failure = time.perf_counter(), 0, None
     while step < STEPS and not stopped_by:
         # the switch: teacher, projector and the teacher's images go for good
         if aligning and phase_one_is_over():
@@ -481,7 +448,7 @@ def main():
             trained = [p for p in model.parameters() if p.requires_grad]
             while len(trained_shards) > len(trained):  # the projector's are the last
                 del optimizer.state[trained_shards.pop()]
-            flops = checkpoint.flops_per_image(model, teacher, captions)
+            flops = costs.flops_per_image(model, teacher, captions)
             data = PreparedDataset(DATA_DIR, with_images=False)
             batches = open_batches(data, range(step, STEPS), rank, world, device)
             gc.unfreeze()
@@ -492,7 +459,7 @@ def main():
                 torch.cuda.reset_peak_memory_stats()
             log(f"step {step:,}: phase II, plain {MODEL}; teacher and projector are gone")
 
-        # ----- the training step ---------------------------------------------------------------------------------
+        # ----- the training step ------------------------------------------------------------------
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
         posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
@@ -502,13 +469,13 @@ def main():
         step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
-            if sharded and MICRO_BATCHES > 1:  # ranks exchange gradients, and but for zero3 weights, once a step
+            if sharded and MICRO_BATCHES > 1:  # gradients, and but for zero3 weights, travel once a step
                 model.set_requires_gradient_sync(i + 1 == MICRO_BATCHES)
                 model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
             context = context_of(y[part])
             with autocast():
-                denoising, feature, attention = compute_losses(model, teacher, x[part], noise[part], t[part], context,
-                                                               images[part] if aligning else None, align)
+                denoising, feature, attention = compute_losses(
+                    model, teacher, x[part], noise[part], t[part], context, images[part] if aligning else None, align)
             loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
             (loss / MICRO_BATCHES).backward()
             step_losses += torch.stack([denoising, feature, attention]).detach() / MICRO_BATCHES
@@ -534,11 +501,11 @@ def main():
         meters[6] = torch.maximum(meters[5], meters[6])
         meters[7] += bad
         step += 1
-        # ---------------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
 
         bar.update()
         if step == first_step + 1:
-            log(f"step {step:,}: {checkpoint.peak_gib(device):.3g} GiB used at most")
+            log(f"step {step:,}: {costs.peak_gib(device):.3g} GiB used at most")
         if aligning and CONFLICT_EVERY and step >= CONFLICT_FROM and step % CONFLICT_EVERY == 0:
             paused = time.perf_counter()
             cosine = gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast)
@@ -550,35 +517,36 @@ def main():
             gc.collect()
             meters[:5], meters[6] = 0, meters[5]
             now = time.perf_counter()
-            seconds, logged_step, clock = (now - clock) / (step - logged_step), step, now  # per step
+            seconds = (now - clock) / (step - logged_step)  # per step
+            logged_step, clock = step, now
             images_per_s = BATCH_SIZE / seconds
             mfu = images_per_s * flops / peak_rate
             denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
             row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
-                   seconds * 1000, mfu, checkpoint.peak_gib(device))
+                   seconds * 1000, mfu, costs.peak_gib(device))
             if rank == 0:
                 checkpoint.append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
                 track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
-            bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} norm {norm:.2f} "
-                                f"{images_per_s:.0f} img/s, {mfu:.0%} MFU")
+            bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} "
+                                f"norm {norm:.2f} {images_per_s:.0f} img/s, {mfu:.0%} MFU")
             if in_a_row >= MAX_SKIPPED:
                 raise FloatingPointError(f"step {step}: the loss was not finite in {int(in_a_row)} steps in a row; the "
                                          f"last checkpoint is untouched: lower LEARNING_RATE or look at {DATA_DIR}")
 
         paused = time.perf_counter()
-        if world == 1 or step % 10 == 0:  # ranks must leave at the same step, so they agree, every tenth
-            agreed = torch.tensor(max(signals, default=0))  # on the host, without a wait for the GPU
+        if world == 1 or step % 10 == 0:  # ranks must leave at the same step: they agree, every tenth
+            agreed = torch.tensor(max(signals, default=0))  # on the host: no wait for the GPU
             if world > 1:
                 dist.all_reduce(agreed, dist.ReduceOp.MAX)
             stopped_by = agreed.item()
         if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
             if weights := checkpoint.whole_ema(ema):  # of all ranks, on rank 0
-                save_preview(run / "previews" / f"step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
+                save_preview(run / f"previews/step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
                              PREVIEW_STEPS, SEED, null, context_of, data.captions if captions else None)
         if (CHECKPOINT_EVERY and step % CHECKPOINT_EVERY == 0) or step == STEPS or stopped_by:
-            failure = checkpoint.save(run, settings, dict(step=step, aligning=aligning, cosine=cosine),
-                                      checkpoint.run_state(model, optimizer, ema, meters), ema, CHECKPOINTS_KEPT,
-                                      KEEP_EVERY)
+            progress = dict(step=step, aligning=aligning, cosine=cosine)
+            state = checkpoint.run_state(model, optimizer, ema, meters)
+            failure = checkpoint.save(run, settings, progress, state, ema, CHECKPOINTS_KEPT, KEEP_EVERY)
             if failure:
                 log(f"step {step:,}: checkpoint not written ({failure}); the one before stays, the run goes on")
         clock += time.perf_counter() - paused
@@ -587,8 +555,8 @@ def main():
     if sharded:
         dist.destroy_process_group()
     if failure:
-        raise OSError(f"step {step}: checkpoint not written ({failure}); make room in {run} and run the same command "
-                      f"again: it resumes from the checkpoint before")
+        raise OSError(f"step {step}: checkpoint not written ({failure}); make room in {run} and "
+                      "run the same command again: it resumes from the checkpoint before")
     if stopped_by:
         log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
         sys.exit(exit_status(stopped_by))

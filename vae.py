@@ -162,6 +162,16 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+def sample_latents(moments, noise, vae_meta):
+    """Scaled latents from stored (mean, std) [B, 2C, h, w], with noise [B, C, h, w]. Without a VAE (`vae_meta` is None)
+    pixels in -1..1 from uint8 [B, C, H, W]. vae_meta: what a prepared folder's meta.json says of its VAE."""
+    if vae_meta is None:
+        pixels = moments.float(memory_format=torch.contiguous_format)  # decoded, they lie channels last
+        return (pixels / 127.5 - 1).half().float()  # rounded as earlier versions stored them
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise) * vae_meta["scale"]
+
+
 def load_vae(name):
     """(AutoencoderKL in eval mode, scale factor of its latents) from a hub name, a diffusers folder or weights file.
 
@@ -190,6 +200,6 @@ def load_vae(name):
         raise ValueError(f"{weights_file}: not the weights of a diffusers AutoencoderKL, or damaged ({reason}); set "
                          f"VAE to one of Stable Diffusion's, or fetch the file again") from error
     if any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
-        raise ValueError(f"{config_file}: latents that are to be shifted or normalised by channel, which is not done "
-                         f"here; set VAE to one of Stable Diffusion's")
+        raise ValueError(f"{config_file}: latents that are to be shifted or normalised by channel, "
+                         "which is not done here; set VAE to one of Stable Diffusion's")
     return vae.eval().requires_grad_(False), config.get("scaling_factor", SCALE)
