@@ -5,10 +5,9 @@
     prepare_latents.SOURCE = ...; prepare_latents.main()    # anything else, from a Python file of yours
 
 SOURCE is told apart by what it is: a folder with one folder of images per class; a zip or an uncompressed tar of such
-a tree; a tar of one tar per class (ILSVRC2012_img_train.tar), read in place; the folder that REPA's and HASTE's
-preprocessing wrote; or a sprite sheet, one image of square tiles, sorted by class. Images with captions need no class
-folders: COCO's with their annotations (CAPTIONS), or any with a .txt (one caption a line) or .json ("caption") beside
-each, in a folder, a zip, a tar, or a folder of webdataset's tars.
+a tree; a tar of one tar per class (ILSVRC2012_img_train.tar); parquet files; the folder that REPA's and HASTE's
+preprocessing wrote; a sprite sheet; images with captions: COCO's (CAPTIONS), or any with a .txt (one caption a line)
+or .json ("caption") beside each, webdataset's tars among them. Archives are read in place.
 
 A prepared folder is a few large files that memory-map (see dataset.PreparedDataset); meta.json is
 written last, so a folder without it is unfinished, and the same command goes on where it stopped.
@@ -153,27 +152,29 @@ def write_chunk(folder, number, first, moments, packed, reasons, captions):
     write_atomically(f"{part}.json", lambda path: path.write_text(json.dumps(record)))
 
 
-def prepare_chunks(folder, crops, chunks, vae, latents_files, device, bar, world):
-    """Makes the chunks {number: rows}: decoded, cropped and packed in worker processes, encoded
-    here, written in a thread, so that the device waits for nobody."""
+def prepare_chunks(plan, device, rank, world):
+    """Makes this rank's part of what is missing: decoded, cropped and packed in worker processes, encoded here, written
+    in a thread, so that the device waits for nobody."""
+    chunks = {number: plan.chunks[number] for number in plan.missing[rank::world]}
     batches = [rows[i : i + BATCH_SIZE] for rows in chunks.values() for i in range(0, len(rows), BATCH_SIZE)]
-    loader = open_loader(crops, batches, WORKERS, device)
-    with ThreadPoolExecutor(1) as writer:
-        written = None
+    loader = open_loader(plan.crops, batches, WORKERS, device)
+    total, written = len(plan.source.labels), None
+    bar = tqdm(total=total, initial=total - plan.missing_images, unit="img", desc=plan.folder.name, disable=rank > 0)
+    with bar, ThreadPoolExecutor(1) as writer:
         for number, rows in chunks.items():
-            moments, packed, reasons, captions = {name: [] for name in latents_files}, [], {}, []
+            moments, packed, reasons, captions = {name: [] for name in plan.latents_files}, [], {}, []
             while len(packed) < len(rows):
                 tensor, files, notes = next(loader)
-                for name in latents_files:
+                for name in plan.latents_files:
                     x = tensor if name == "latents.npy" else tensor.flip(-1)
-                    moments[name].append(x if x.is_floating_point() else encode(x, vae, device))
+                    moments[name].append(x if x.is_floating_point() else encode(x, plan.vae, device))
                 packed += files
-                reasons.update({crops.source.name(i): note for i, note in notes.items() if isinstance(note, str)})
+                reasons.update({plan.source.name(i): note for i, note in notes.items() if isinstance(note, str)})
                 captions += [note for note in notes.values() if isinstance(note, list)]
                 bar.update(min(len(files) * world, bar.total - bar.n))
             if written is not None:
                 written.result()  # raises what the thread raised; and no more than two chunks are in memory
-            written = writer.submit(write_chunk, folder, number, rows[0], moments, packed, reasons, captions)
+            written = writer.submit(write_chunk, plan.folder, number, rows[0], moments, packed, reasons, captions)
         if written is not None:
             written.result()
 
@@ -240,12 +241,47 @@ def open_vae(source, device):
     return vae, dict(name=VAE, scale=scale), shape
 
 
-def is_missing(record, removed, moving):
-    """Whether a chunk has to be made: it has no record; or, until the parts are being moved, an image of it was removed
-    since, or could not be read and may be repaired now. removed [rows of the chunk]: which were."""
-    if not record.exists() or moving:
-        return not record.exists()
-    return removed.any() or (not LEAVE_OUT_UNREADABLE and bool(json.loads(record.read_text())["reasons"]))
+class Plan:
+    """A source, the folder that it becomes, and the chunks of images in which it does; what is done of them.
+
+    Raises ValueError where another source, or other settings, began the folder.
+    """
+
+    def __init__(self, folder, settings, device):
+        self.folder, self.unfinished, self.settings = folder, folder / "unfinished", settings
+        self.source = open_source(SOURCE, CAPTIONS, SHEET_TILE, SHEET_CLASSES)
+        plan_file, names_file = self.unfinished / "plan.json", self.unfinished / "names.npz"
+        self.begun = json.loads(plan_file.read_text()) if plan_file.exists() else None
+        if self.begun and self.begun["names_checksum"] != self.source.fingerprint and names_file.exists():
+            self.source.follow(**np.load(names_file), checksum=self.begun["names_checksum"])
+        check_source(self.source)
+        self.vae, self.vae_meta, self.shape = open_vae(self.source, device)
+        self.latents_files = [] if VAE is None else ["latents.npy"] + ["latents_mirrored.npy"] * MIRROR
+        self.crops = Crops(self.source, IMAGE_SIZE, self.shape)
+
+        count = len(self.source.labels)
+        self.record = dict(settings, images=count, names_checksum=self.source.fingerprint,
+                           captions_checksum=self.source.captions_checksum, chunk=CHUNK)
+        if self.begun:
+            refuse_other(folder, "begun", comparable(self.begun), comparable(self.record))
+        self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+        self.removed = getattr(self.source, "removed", np.zeros(count, bool))
+        self.moving = (self.unfinished / "moving").exists()
+        self.missing = [number for number in range(len(self.chunks)) if self.is_missing(number)]
+        self.missing_images = sum(len(self.chunks[number]) for number in self.missing)
+
+    def record_of(self, number):
+        """The file that says that a chunk is made."""
+        return self.unfinished / f"{number:06d}.json"
+
+    def is_missing(self, number):
+        """Whether a chunk has to be made: it has no record; or, until the parts are being moved, an image of it was
+        removed since, or could not be read and may be repaired now."""
+        record = self.record_of(number)
+        if not record.exists() or self.moving:
+            return not record.exists()
+        unreadable = json.loads(record.read_text())["reasons"]
+        return self.removed[list(self.chunks[number])].any() or bool(unreadable and not LEAVE_OUT_UNREADABLE)
 
 
 def check_space(folder, crops, count, latents_bytes):
@@ -259,46 +295,49 @@ def check_space(folder, crops, count, latents_bytes):
         raise ValueError(f"{folder}: needs {needed:,} bytes, {free:,} are free; make room or choose another DATA_DIR")
 
 
-def begin(folder, crops, plan, begun, missing_images, latents_files):
+def begin(plan):
     """Claims the folder and says what will be done. Returns the file that holds the claim."""
-    unfinished, source = folder / "unfinished", crops.source
-    unfinished.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(unfinished, "DATA_DIR")
-    if (folder / "meta.json").exists():
-        raise ValueError(f"{folder}: another process has just finished it; there is nothing to do")
-    describe(source)
-    latents_shape = (plan["images"], *crops.moments_shape)
-    latents_bytes = 2 * math.prod(latents_shape) * len(latents_files)
-    check_space(folder, crops, missing_images, 0 if begun else latents_bytes)
-    if not begun:
-        for name in latents_files:
-            reserve(folder / name, latents_shape)
-        if type(source) is ImageFiles:
-            np.savez(unfinished / "names.npz", names=source.names, labels=source.labels)
-        write_atomically(unfinished / "plan.json", lambda path: path.write_text(json.dumps(plan)))
+    plan.unfinished.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(plan.unfinished, "DATA_DIR")
+    if (plan.folder / "meta.json").exists():
+        raise ValueError(f"{plan.folder}: another process has just finished it; there is nothing to do")
+    describe(plan.source)
+    shape = (len(plan.source.labels), *plan.shape)
+    latents_bytes = 2 * math.prod(shape) * len(plan.latents_files)
+    check_space(plan.folder, plan.crops, plan.missing_images, 0 if plan.begun else latents_bytes)
+    if not plan.begun:
+        for name in plan.latents_files:
+            reserve(plan.folder / name, shape)
+        if type(plan.source) is ImageFiles:
+            np.savez(plan.unfinished / "names.npz", names=plan.source.names, labels=plan.source.labels)
+        write_atomically(plan.unfinished / "plan.json", lambda path: path.write_text(json.dumps(plan.record)))
     elif VAE is None:
-        (folder / "latents.npy").unlink(missing_ok=True)  # begun by a version that stored pixels there too
+        (plan.folder / "latents.npy").unlink(missing_ok=True)  # begun by a version that stored pixels there too
     return lock
 
 
 # ----- joining ------------------------------------------------------------------------------------
-def list_unreadable(folder, reasons):
-    """unreadable.txt, with a line for each image that could not be read, or has no caption."""
-    file = folder / "unreadable.txt"
-    file.unlink(missing_ok=True)
-    if reasons:
-        listed = "".join(f"{name}: {reason}\n" for name, reason in reasons.items())
-        file.write_bytes(os.fsencode(listed))  # names need not be UTF-8
+def judge(plan, records, kept, rank, wait_for_all):
+    """Lists the images that could not be read, or have no caption, in unreadable.txt; returns how many.
 
-
-def refuse_unreadable(folder, count, unreadable, kept, captioned, moving):
-    """Raises ValueError if images that could not be read may not be left out, or if none is left."""
-    if kept.any() and (not unreadable or LEAVE_OUT_UNREADABLE or moving):
-        return
-    raise ValueError(f"{folder}: {unreadable:,} of {count:,} images could not be read"
-                     f"{' or have no caption' * captioned}; unreadable.txt there lists them, the others are done. "
-                     f"Repair or remove them and run again"
-                     + (", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""))
+    Raises ValueError if they may not be left out, or if no image is left.
+    """
+    reasons = {name: reason for record in records for name, reason in record["reasons"].items()}
+    file = plan.folder / "unreadable.txt"
+    if rank == 0:
+        file.unlink(missing_ok=True)
+        if reasons:
+            listed = "".join(f"{name}: {reason}\n" for name, reason in reasons.items())
+            file.write_bytes(os.fsencode(listed))  # names need not be UTF-8
+    wait_for_all()
+    unreadable = len(reasons) - plan.removed.sum()
+    if not kept.any() or unreadable and not (LEAVE_OUT_UNREADABLE or plan.moving):
+        uncaptioned = "" if plan.source.captions_checksum is None else " or have no caption"
+        remedy = ", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""
+        raise ValueError(f"{plan.folder}: {unreadable:,} of {len(kept):,} images could not be read{uncaptioned}; "
+                         f"unreadable.txt there lists them, the others are done. Repair or remove them and run "
+                         f"again{remedy}")
+    return len(reasons)
 
 
 def move_parts(folder, first_bytes, rank, world):
@@ -328,47 +367,47 @@ def drop_rows(path, kept):
     write_atomically(path, write)
 
 
-def write_small_files(folder, source, records, kept, ends):
-    """Labels, captions and where each image begins and ends. Returns the names of the files, and
-    the number of captions or None."""
-    names = ["images.bin", "image_offsets.npy", "labels.npy"]
+def finish(plan, records, kept, ends):
+    """All but images.bin; last meta.json, which makes the folder a data set. Returns what it says."""
+    folder, source, captions = plan.folder, plan.source, None
+    for name in plan.latents_files:
+        drop_rows(folder / name, kept)
     np.save(folder / "image_offsets.npy", np.concatenate([[0], ends[1:][kept]]))
     np.save(folder / "labels.npy", source.labels[kept].astype(np.int64))
-    if source.captions_checksum is None:
-        return names, None
-    captions = [own for record in records for own in record.get("captions", [])]  # of each image that is kept
-    (folder / "captions.txt").write_bytes("".join(f"{one}\n" for own in captions for one in own).encode())
-    np.save(folder / "caption_offsets.npy", np.cumsum([0, *map(len, captions)]))
-    return [*names, "captions.txt", "caption_offsets.npy"], sum(map(len, captions)) or None
+    names = [*plan.latents_files, "images.bin", "image_offsets.npy", "labels.npy"]
+    if source.captions_checksum is not None:
+        captions = [own for record in records for own in record.get("captions", [])]  # of each image that is kept
+        (folder / "captions.txt").write_bytes("".join(f"{one}\n" for own in captions for one in own).encode())
+        np.save(folder / "caption_offsets.npy", np.cumsum([0, *map(len, captions)]))
+        names += ["captions.txt", "caption_offsets.npy"]
 
-
-def write_meta(folder, settings, source, chunks, records, kept, vae_meta, shape, names, captions):
-    """meta.json, which makes the folder a data set. Returns what it says."""
-    described = []
-    for rows, record in zip(chunks, records):
+    chunks = []
+    for rows, record in zip(plan.chunks, records):
         labels = source.labels[rows][kept[rows]].astype(np.int64)
-        described.append((len(labels), dict(record["checksums"], **{"labels.npy": zlib.crc32(labels)})))
+        chunks.append((len(labels), {**record["checksums"], "labels.npy": zlib.crc32(labels)}))
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
                     pillow=PIL.__version__)
-    meta = dict(format=FORMAT, count=int(kept.sum()), **settings, vae=vae_meta, latent_shape=shape,
-                image_mode=source.mode, classes=source.classes, captions=captions,
-                bytes={name: (folder / name).stat().st_size for name in names}, versions=versions, chunks=described)
+    meta = dict(format=FORMAT, count=int(kept.sum()), **plan.settings, vae=plan.vae_meta, latent_shape=plan.shape,
+                image_mode=source.mode, classes=source.classes, captions=sum(map(len, captions or [])) or None,
+                bytes={name: (folder / name).stat().st_size for name in names}, versions=versions, chunks=chunks)
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+    shutil.rmtree(plan.unfinished)
     return meta
 
 
-def report(folder, meta, source, made, seconds, unreadable):
+def report(plan, meta, seconds, unreadable):
     """Prints what was made, and what was left out and why."""
+    source, made = plan.source, plan.missing_images
     captions = f" with {meta['captions']:,} captions" if meta["captions"] else ""
-    large = [name for name in meta["bytes"] if name.startswith("latents") or name == "images.bin"]
-    sizes = ", ".join(f"{name} {meta['bytes'][name] / 2**20:,.0f} MiB" for name in large)
-    print(f"{folder}: {meta['count']:,} images of {len(source.classes)} classes{captions}, "
-          f"{made:,} of them in these {seconds:.0f} s ({made / seconds:.0f} images/s)\n  "
-          f"{list(meta['latent_shape'])} an image: {sizes}\n  left out: {unreadable} unreadable "
-          f"images, {source.unclassed} images outside class folders; ignored {source.ignored} "
-          f"files that are no images{' of CAPTIONS' if CAPTIONS else ''}")
+    sizes = ", ".join(f"{name} {meta['bytes'][name] / 2**20:,.0f} MiB" for name in (*plan.latents_files, "images.bin"))
+    print(f"{plan.folder}: {meta['count']:,} images of {len(source.classes)} classes{captions}, {made:,} of them in "
+          f"these {seconds:.0f} s ({made / seconds:.0f} images/s)\n"
+          f"  {list(plan.shape)} an image: {sizes}\n"
+          f"  left out: {unreadable} unreadable images, {source.unclassed} images outside class folders; "
+          f"ignored {source.ignored} files that are no images{' of CAPTIONS' if CAPTIONS else ''}")
 
 
+# ----- checking -----------------------------------------------------------------------------------
 def check(folder):
     """Compares a finished folder with its checksums, and if it has latents, CHECK_IMAGES of its
     images, encoded again, with these.
@@ -409,6 +448,18 @@ def check(folder):
 
 
 # ----- the preparation ----------------------------------------------------------------------------
+def is_finished(folder, settings):
+    """Whether the folder is a data set. Raises ValueError where it was prepared with other settings."""
+    if not (folder / "meta.json").exists():
+        return False
+    finished = PreparedDataset(folder).meta
+    refuse_other(folder, "finished", comparable(finished), comparable(settings))
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
+    return True
+
+
 @ends_in_one_line
 def main():
     started = time.time()
@@ -418,70 +469,36 @@ def main():
         "whole number from 1": "SHEET_TILE IMAGE_SIZE BATCH_SIZE CHUNK CHECK_IMAGES", "whole number from 0": "WORKERS",
         "number from 0": "CHECK_TOLERANCE"}, CROP=("adm", "square"), VAE_PRECISION=("float32", "bf16"))
     folder = Path(DATA_DIR)
-    unfinished = folder / "unfinished"
-    if CHECK:
-        return check(folder)
     settings = dict(source=str(SOURCE), captions_source=CAPTIONS and str(CAPTIONS), image_size=IMAGE_SIZE, crop=CROP,
                     vae_name=VAE, mirror=MIRROR, vae_precision=VAE_PRECISION if VAE else None)
-    if (folder / "meta.json").exists():
-        finished = PreparedDataset(folder).meta
-        refuse_other(folder, "finished", comparable(finished), comparable(settings))
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
+    if CHECK:
+        return check(folder)
+    if is_finished(folder, settings):
         return
     rank, world, device = start_processes()
     torch.set_float32_matmul_precision("high")  # on GPUs float32 convolutions and products may use TF32
     torch.backends.cudnn.benchmark = True  # the fastest convolutions for the one shape there is
     wait_for_all = dist.barrier if world > 1 else lambda: None
 
-    # the source, and what was begun of it
-    source = open_source(SOURCE, CAPTIONS, SHEET_TILE, SHEET_CLASSES)
-    plan_file, names_file, moving_file = (unfinished / name for name in ("plan.json", "names.npz", "moving"))
-    begun = json.loads(plan_file.read_text()) if plan_file.exists() else None
-    if begun and begun["names_checksum"] != source.fingerprint and names_file.exists():
-        source.follow(**np.load(names_file), checksum=begun["names_checksum"])
-    check_source(source)
-    vae, vae_meta, shape = open_vae(source, device)
-    count, captioned = len(source.labels), source.captions_checksum is not None
-    plan = dict(settings, images=count, names_checksum=source.fingerprint, captions_checksum=source.captions_checksum,
-                chunk=CHUNK)
-    if begun:
-        refuse_other(folder, "begun", comparable(begun), comparable(plan))
-
-    # what is missing of it
-    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
-    records = [unfinished / f"{number:06d}.json" for number in range(len(chunks))]
-    removed = getattr(source, "removed", np.zeros(count, bool))
-    moving = moving_file.exists()
-    missing = [number for number, (record, rows) in enumerate(zip(records, chunks))
-               if is_missing(record, removed[list(rows)], moving)]
-    missing_images = sum(len(chunks[number]) for number in missing)
-    latents_files = [] if VAE is None else ["latents.npy"] + ["latents_mirrored.npy"] * MIRROR
-    crops = Crops(source, IMAGE_SIZE, shape)
+    # from the source to chunks of latents and packed images
+    plan = Plan(folder, settings, device)
     wait_for_all()
     if rank == 0:
-        lock = begin(folder, crops, plan, begun, missing_images, latents_files)  # noqa: F841 - held until main() ends
+        lock = begin(plan)  # noqa: F841 - held until main() ends
     wait_for_all()
-    with tqdm(total=count, initial=count - missing_images, unit="img", desc=folder.name, disable=rank > 0) as bar:
-        mine = {number: chunks[number] for number in missing[rank::world]}
-        prepare_chunks(folder, crops, mine, vae, latents_files, device, bar, world)
+    prepare_chunks(plan, device, rank, world)
     wait_for_all()
 
     # what could not be read
-    records = [json.loads(record.read_text()) for record in records]
-    reasons = {name: reason for record in records for name, reason in record["reasons"].items()}
+    records = [json.loads(plan.record_of(number).read_text()) for number in range(len(plan.chunks))]
     lengths = np.concatenate([record["lengths"] for record in records])
     kept = lengths > 0
-    if rank == 0:
-        list_unreadable(folder, reasons)
-    wait_for_all()
-    refuse_unreadable(folder, count, len(reasons) - removed.sum(), kept, captioned, moving)
+    unreadable = judge(plan, records, kept, rank, wait_for_all)
 
     # packed images to their places in images.bin; from here on, what is left out stays left out
     ends = np.concatenate([[0], np.cumsum(lengths)])
     if rank == 0:
-        moving_file.touch()
+        (plan.unfinished / "moving").touch()
         with open(folder / "images.bin", "ab") as file:
             file.truncate(ends[-1])
     wait_for_all()
@@ -489,17 +506,9 @@ def main():
     wait_for_all()
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0:
-        return
-
-    # the rest, last what makes it a data set
-    for name in latents_files:
-        drop_rows(folder / name, kept)
-    names, captions = write_small_files(folder, source, records, kept, ends)
-    meta = write_meta(folder, settings, source, chunks, records, kept, vae_meta, shape, [*latents_files, *names],
-                      captions)
-    shutil.rmtree(unfinished)
-    report(folder, meta, source, missing_images, time.time() - started, len(reasons))
+    if rank == 0:
+        meta = finish(plan, records, kept, ends)
+        report(plan, meta, time.time() - started, unreadable)
 
 
 if __name__ == "__main__":
