@@ -1,8 +1,9 @@
-"""Images as people have them: folders, archives, parquet files, sprite sheets, and the captions beside them; crops.
+"""Images as people have them: folders, archives, parquet files, sprite sheets; their labels and captions; crops.
 
-Every source has class names in order, `classes`; `labels`, int64 [N]; `name(i)`; `[i]`, a PIL image of `mode` "RGB" or
-"L"; unless `captions_checksum` is None, `captions(i)`, a list of str; `fingerprint`, a checksum of what it lists; how
-many files it `ignored`, and how many images it left out as `unclassed`.
+Every source has class names in order, `classes`; `labels`, int64 [N]; `name(i)`; `[i]`, a PIL image
+of `mode` "RGB" or "L"; unless `captions_checksum` is None, `captions(i)`, a list of str;
+`fingerprint`, a checksum of what it lists; how many files it `ignored`, and how many images it left
+out as `unclassed`. Of one image's fault they raise ValueError, of a source that is gone OSError.
 """
 
 import io
@@ -10,16 +11,17 @@ import json
 import os
 import posixpath
 import re
-import stat
-import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import PIL
 from PIL import Image
+
+from archives import GONE, check_shards, is_hidden, list_files, list_folder, normal, read_place
 
 Image.MAX_IMAGE_PIXELS = None  # the user's own: a large one is no attack
 
@@ -47,125 +49,18 @@ def square_crop(image, size):
     return image.crop((left, top, left + square, top + square)).resize((size, size), Image.LANCZOS)
 
 
-# ----- listing ------------------------------------------------------------------------------------
-SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # folders
-GONE = -1, 0, -1, False  # the place of a file that is not there
-
-
-def list_folder(root):
-    """Path relative to root of every file below it. Links are followed, but for those to a folder they lie in."""
-    def walk(folder, prefix, above):
-        real = os.path.realpath(folder)
-        if real in above:
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from walk(entry.path, f"{prefix}{entry.name}/", above | {real})
-                else:
-                    yield prefix + entry.name
-    return walk(root, "", frozenset())
-
-
-def is_hidden(name):
-    return any(part.startswith(".") or part in SYSTEM for part in name.split("/"))
+# ----- one image ----------------------------------------------------------------------------------
+NO_PIXELS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # of these kinds Pillow reads no pixels by itself
 
 
 def image_names(names):
     """Those of the names that are of images, by suffix, and neither hidden nor in a system's folder; in order."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in NO_PIXELS}
     found = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
     return sorted((name for name in found if not is_hidden(name)), key=lambda name: name.split("/"))
 
 
-def follow_links(places, links):
-    """{name: place} of an archive, with its links {name: target}: to a file, or to a folder and all below it."""
-    for name, target in links.items():
-        for _ in links:  # a link to a link
-            target = links.get(target, target)
-        if target in places:
-            places[name] = places[target]
-        elif target != "." and not name.startswith(f"{target}/"):
-            below = [each for each in places if each.startswith(f"{target}/")]
-            found = {name + each[len(target):]: places[each] for each in below}
-            places.update(found or {name: (0, -1, False)})
-    return places
-
-
-def list_tar(file):
-    """{name: (first byte, bytes, False)} of every file in a tar, folders' names ending with /. A tar inside it counts
-    as a folder of its own name; of several files of one name the last counts, as in unpacking."""
-    places, links = {}, {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep a kilobyte for each
-            name = posixpath.normpath(member.name.lstrip("/"))
-            places.pop(name, None)
-            links.pop(name, None)
-            if member.sparse is not None:
-                raise ValueError(f"{name} is packed as a sparse file; pack it again without --sparse")
-            if member.isdir():
-                places[f"{name}/"] = 0, 0, False
-            elif member.issym():
-                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-            elif member.islnk():
-                links[name] = posixpath.normpath(member.linkname)
-            elif member.isreg() and name.endswith(".tar"):
-                inside = list_tar(tar.extractfile(member))
-                places.update({f"{name[:-4]}/{inner}": (member.offset_data + start, size, False)
-                               for inner, (start, size, _) in inside.items()})
-            elif member.isreg():
-                places[name] = member.offset_data, member.size, False
-        file.seek(tar.offset)
-        if file.read(512) != bytes(512):  # tarfile takes a header cut short for the end
-            raise tarfile.ReadError("it ends too early")
-    return follow_links(places, links)
-
-
-def list_zip(file):
-    """{name: (first byte of its header, bytes, whether deflated)} of every file in a zip, else as list_tar."""
-    places, links, archive = {}, {}, zipfile.ZipFile(file)
-    for info in archive.infolist():
-        name = posixpath.normpath(info.filename)
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{info.filename} is encrypted or packed in an unusual way; unpack the zip")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            target = os.fsdecode(archive.read(info))
-            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-        else:
-            deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            places[f"{name}/" if info.is_dir() else name] = info.header_offset, info.compress_size, deflated
-    return follow_links(places, links)
-
-
-def list_files(root):
-    """(archives, {name: place}, folders' names) of a folder, a zip or a tar, or a folder of tars.
-
-    archives: (path, whether it is a zip) of each. A place is (the archive's number, or -1; first
-    byte; bytes; whether deflated). Raises ValueError for what cannot be listed.
-    """
-    archives, places, folders, tars = [], {}, set(), [""]
-    try:
-        if root.is_dir():
-            names = list(list_folder(root))
-            # tars left beside images are no part of them
-            tars = [] if image_names(names) else [name for name in names if name.endswith(".tar")]
-            places = {name: (-1, 0, 0, False) for name in {*names} - {*tars}}
-            folders = {f"{entry.name}/" for entry in os.scandir(root) if entry.is_dir()}
-        for number, name in enumerate(tars):
-            path = root / name if name else root
-            is_zip = not tarfile.is_tarfile(path)  # a tar that ends in a zip looks like one
-            archives.append((path, is_zip))
-            with open(path, "rb") as file:
-                found = list_zip(file) if is_zip else list_tar(file)
-            places.update({posixpath.join(name[:-4], each): (number, *place) for each, place in found.items()})
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{root}: cannot be listed ({error}); SOURCE must be a folder, a zip or "
-                         "an uncompressed, complete tar") from error
-    return archives, places, folders | {name for name in places if name[-1] == "/"}
-
-
-# ----- reading ------------------------------------------------------------------------------------
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
            7: "TRANSVERSE", 8: "ROTATE_90"}  # what turns an image of this EXIF orientation upright
 
@@ -195,50 +90,360 @@ def read_image(content):
         raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
 
 
-def read_place(root, archives, name, number, start, size, deflated):
-    """The bytes of a file of a folder, or at a place of an archive: see list_files."""
-    if size < 0:
-        raise OSError("no such file, or a link to what is not there")
-    if number < 0:
-        return Path(root, name).read_bytes()
-    path, is_zip = archives[number]
-    with open(path, "rb") as file:
-        file.seek(start)
-        if is_zip:  # a header of 30 bytes that ends with the lengths of the two fields between it and the data
-            file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)
-        content = file.read(size)
-        return zlib.decompress(content, -zlib.MAX_WBITS) if deflated else content
+# ----- names, labels and captions -----------------------------------------------------------------
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val",
+              test="test", testing="test", eval="test")
 
 
-# ----- captions and classes -----------------------------------------------------------------------
+def split_in(name):
+    """(the part of a data set that a file's or folder's name says, or None; the other words of the name)."""
+    words = re.findall("[a-z]+", posixpath.splitext(name)[0].lower())
+    splits = [SPLITS[word] for word in words if word in SPLITS]
+    others = [word for word in words if word not in SPLITS and word not in ("set", "split", "data", "images")]
+    return splits[0] if splits else None, others
+
+
+def check_no_splits(root, names):
+    """Raises ValueError where the names, of folders or tars, are those of a data set's parts."""
+    found = {name: split_in(name) for name in sorted(names)}
+    splits = {split for split, _ in found.values()}
+    same = all(others == next(iter(found.values()))[1] for _, others in found.values())
+    alone = len(found) == 1 and not split_in(*found)[1]  # of a folder that is called "train" and no more
+    if None in splits or not same or (len(splits) < 2 and not alone):
+        return
+    training = next((name for name in found if found[name][0] == "train"), next(iter(found)))
+    raise ValueError(f"{root}: {', '.join(found)} are parts of a data set, no classes; set SOURCE "
+                     f"to {Path(root, training)}")
+
+
 def clean(captions):
     """Those with text, each on one line: runs of white space, control characters and lone surrogates become a blank."""
     captions = [re.sub(r"[\s\0-\x1f\x7f-\x9f\ud800-\udfff]+", " ", caption).strip() for caption in captions]
     return [caption for caption in captions if caption]
 
 
+def texts_of(said):
+    """The captions in what a file or column says: a str, or a list of str. Raises ValueError for anything else."""
+    said = [said] if isinstance(said, str) else [] if said is None else said
+    if not isinstance(said, (list, tuple)) or not all(isinstance(each, str) for each in said):
+        raise ValueError(f"a caption that is no text: {str(said)[:60]}")
+    return clean(said)
+
+
 def read_coco(path):
-    """(checksum, {image's file name: captions}) of COCO's annotations, images by id, captions in the file's order."""
-    captions = {}
+    """(checksum, {image's file name: captions}) of COCO's annotations, images by id, captions in the file's order; of
+    two entries of one file the captions of both. What is no text is no caption."""
+    captions, of_file = defaultdict(list), defaultdict(list)
     try:
         content = Path(path).read_bytes()
         said = json.loads(content)
         for annotation in said["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        images = sorted(said["images"], key=lambda image: image["id"])
-        return zlib.crc32(content), {posixpath.basename(image["file_name"]): clean(captions.get(image["id"], []))
-                                     for image in images}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            if isinstance(annotation["caption"], str):
+                captions[annotation["image_id"]].append(annotation["caption"])
+        for image in sorted(said["images"], key=lambda image: image["id"]):
+            of_file[normal(image["file_name"])] += clean(captions[image["id"]])
+        return zlib.crc32(content), dict(of_file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: missing, damaged or of another kind ({error!r}); set CAPTIONS "
                          "to COCO's captions_*.json") from error
 
 
-def file_beside(name, suffixes, places):
-    """The file of one of the suffixes that bears an image's name, whole or, as webdataset has it,
-    up to the first dot; "" if there is none."""
-    folder, base = posixpath.split(name)
-    stems = posixpath.splitext(name)[0], posixpath.join(folder, base.split(".")[0])
-    return next((stem + suffix for stem in stems for suffix in suffixes if stem + suffix in places), "")
+def match_names(wanted, names, said_by):
+    """{each wanted name: the one of `names` whose path agrees with it longest from its end, or
+    None}. Raises ValueError where two agree as long. said_by: the file that wants them."""
+    by_base = defaultdict(list)
+    for name in names:
+        by_base[posixpath.basename(normal(name))].append(name)
+
+    def agreement(file, name):
+        pairs = zip(reversed(file.split("/")), reversed(normal(name).split("/")))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(file.count("/"), name.count("/")) + 1)
+
+    found, taken = {}, {}
+    for file in wanted:
+        ranked = sorted(by_base[posixpath.basename(file)], key=lambda name: agreement(file, name), reverse=True)
+        if len(ranked) > 1 and agreement(file, ranked[0]) == agreement(file, ranked[1]):
+            raise ValueError(f"{said_by}: {file} may be {ranked[0]} or {ranked[1]}; name it there with its folder")
+        found[file] = ranked[0] if ranked else None
+        if ranked:
+            taken.setdefault(ranked[0], []).append(file)
+    for name, files in taken.items():  # of two that want one image the nearer gets it
+        files.sort(key=lambda file: agreement(file, name), reverse=True)
+        if len(files) > 1 and agreement(files[0], name) == agreement(files[1], name):
+            raise ValueError(f"{said_by}: {files[0]} and {files[1]} may both be {name}; keep the folders apart")
+        found.update({file: None for file in files[1:]})
+    return found
+
+
+class Source:
+    """What sources have that do not say otherwise."""
+
+    mode, ignored, unclassed, captions_checksum, coco, removed = "RGB", 0, 0, None, None, None
+
+    def captions_state(self, rows):
+        """A number that changes with the files that hold the captions of these images."""
+        return 0
+
+
+class ImageFiles(Source):
+    """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar (or folder) of one tar per class, as
+    ImageNet downloads. Class ids follow the sorted folder names. In archives of webdataset's kind each image's .cls or
+    .json ("label") file says its class; StyleGAN's dataset.json says all. Images with captions may do without class
+    folders, as in tars without labels: then there is one class, "all".
+
+    inner: the folder to take of an archive. captions: COCO's captions_*.json; else .txt or .json ("caption") files
+    beside the images count, if most have one. captions_checksum: of that file; 0 where captions lie beside the images,
+    None where there are none. Raises ValueError for a source without images, or one whose labels are not certain.
+    """
+
+    texts = None
+
+    def __init__(self, root, inner="", captions=None):
+        self.root, top = Path(root), f"{inner}/" if inner else ""
+        self.archives, self.listed, folders = list_files(self.root)
+        names = [name for name in image_names(self.listed) if name.startswith(top)]
+        names = self.without_unpacked(names)
+        tars = [path.relative_to(self.root).as_posix() for path, _ in self.archives if self.root.is_dir()]
+        check_no_splits(self.root, tars)
+        self.beside = [name for name in self.listed if name.lower().endswith((".txt", ".json", ".cls"))]
+        texts = []
+        if captions:
+            names = self.take_coco(names, captions)
+        else:
+            texts = self.find_texts(names)
+            if texts:
+                self.captions_checksum, self.texts = 0, np.array([os.fsencode(name) for name in texts])
+                self.text_places = np.array([self.listed.get(name, GONE) for name in texts])
+        self.ignored = sum(name[-1] != "/" for name in self.listed.keys() - {*names, *texts})
+
+        labels = self.said_by_dataset_json(names, top) or self.said_beside(names)
+        if labels:
+            self.unclassed, self.labels = 0, np.array(labels)
+            self.classes = [str(label) for label in range(max(labels) + 1)]
+        else:
+            folders |= {name for name in self.listed if name[-1] == "/"}
+            names = self.take_folders(names, folders, top, tars)
+        # arrays, not lists: worker processes share them without copies
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.places = np.array([self.listed[name] for name in names])
+        self.fingerprint = zlib.crc32(self.names.tobytes() + self.places[:, 1].tobytes() + self.places[:, 2].tobytes())
+        del self.listed, self.beside
+
+    def without_unpacked(self, names):
+        """The images, where tars lie beside what was unpacked of them without those in the tars."""
+        unpacked = [name for name in names if self.listed[name][0] < 0]
+        if not unpacked or len(unpacked) == len(names):
+            return names
+        there = {posixpath.basename(name) for name in unpacked}
+        if all(posixpath.basename(name) in there for name in names):
+            self.archives, self.listed = [], {name: place for name, place in self.listed.items() if place[0] < 0}
+            return unpacked
+        tar, _ = self.archives[0]
+        raise ValueError(f"{self.root}: holds {len(self.archives)} tars ({tar.name}) and {len(unpacked):,} images "
+                         f"beside them ({unpacked[0]}); move the ones or the others elsewhere")
+
+    # captions
+
+    def take_coco(self, names, path):
+        """Takes the captions of COCO's annotations. Returns the images that these name, each where
+        it lies, or, if nowhere, where the others do."""
+        self.captions_checksum, known = read_coco(path)
+        found = match_names(known, names, path)
+        some = next((name for name in found.values() if name), None)
+        if some is None:
+            raise ValueError(f"{self.root}: has none of the {len(known):,} images of {path}; set "
+                             "SOURCE to the folder or archive of these")
+        self.coco = list(known.values())
+        folder = posixpath.dirname(some)
+        names = [name or posixpath.join(folder, posixpath.basename(file)) for file, name in found.items()]
+        self.listed.update({name: GONE for name in names if name not in self.listed})
+        return names
+
+    def in_tar(self, name):
+        number = self.listed[name][0]
+        return number >= 0 and not self.archives[number][1]
+
+    def files_beside(self, names, suffixes):
+        """For each image the file of one of the suffixes, the first if there are several, that bears its name: whole,
+        or in tars, as webdataset has it, up to the first dot. "" where there is none."""
+        def key(name):
+            return normal(posixpath.splitext(name)[0])
+
+        def until_dot(name):
+            folder, base = posixpath.split(normal(name))
+            return posixpath.join(folder, base.split(".")[0])
+
+        whole, dotted = {}, {}
+        for suffix in suffixes:
+            for name in self.beside:
+                if name.lower().endswith(suffix):
+                    whole.setdefault(key(name), name)
+                    if self.in_tar(name):
+                        dotted.setdefault(until_dot(name), name)
+        if not whole:
+            return [""] * len(names)
+        return [whole.get(key(name)) or (self.in_tar(name) and dotted.get(until_dot(name))) or "" for name in names]
+
+    def find_texts(self, names):
+        """The file with each image's captions, "" for one without; [] where most images have none."""
+        files = self.files_beside(names, (".txt", ".json"))
+        texts = [name if name.lower().endswith(".txt") or "caption" in self.read_json(name) else "" for name in files]
+        self.texts_found = sum(map(bool, texts))
+        return files if self.texts_found > len(names) / 2 else []
+
+    def read_json(self, name):
+        """What a .json file says, or as "label" what a .cls file does, or why it cannot be read; {} without one."""
+        try:
+            said = json.loads(read_place(self.root, self.archives, name, *self.listed[name])) if name else {}
+        except (ValueError, RecursionError) as error:
+            said = str(error)
+        return said if isinstance(said, dict) else dict(label=said)
+
+    def captions(self, i):
+        """Raises ValueError where there are none, or none that can be read."""
+        captions = self.read_captions(i) if self.coco is None else self.coco[i]
+        if not captions:
+            raise ValueError("no caption")
+        return captions
+
+    def read_captions(self, i):
+        """Those in the file beside the image."""
+        name = os.fsdecode(self.texts[i])
+        if not name:
+            return []
+        try:
+            text = read_place(self.root, self.archives, name, *self.text_places[i]).decode("utf-8-sig")
+            if not name.lower().endswith(".json"):
+                return clean(re.split("[\r\n]", text))
+            said = json.loads(text)
+            return texts_of(said.get("caption") if isinstance(said, dict) else said)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"unreadable captions {name} ({error})") from error
+
+    def captions_state(self, rows):
+        if self.texts is None:
+            return 0
+        files = [path for path, _ in self.archives] or [Path(self.root, os.fsdecode(self.texts[i])) for i in rows]
+        states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
+        return zlib.crc32(repr(states).encode())
+
+    # labels
+
+    def said_by_dataset_json(self, names, top):
+        """Each image's label by StyleGAN's dataset.json, None where there is none."""
+        files = [name for name in self.beside if posixpath.basename(name) == "dataset.json" and name.startswith(top)]
+        file = min(files, key=lambda name: name.count("/"), default="")
+        said = self.read_json(file).get("labels", "")
+        if said is None and self.captions_checksum is None:
+            raise ValueError(f"{self.root}: {file} has no labels, so the folders beside it are no classes; make it with "
+                             f"labels, or move it elsewhere if they are classes")
+        if not isinstance(said, (list, dict)):
+            return None
+        folder = posixpath.dirname(file)
+        labels = {normal(posixpath.join(folder, name)): label for name, label in dict(said).items()}
+        return self.whole_labels([labels.get(normal(name)) for name in names], names, file)
+
+    def said_beside(self, names):
+        """Each archived image's label by the .cls or .json ("label") file beside it, None where there are none."""
+        archived = self.archives and all(self.listed[name][0] >= 0 or self.listed[name] == GONE for name in names)
+        if not archived or not self.beside:
+            return None
+        files = self.files_beside(names, (".cls", ".json"))
+        labels = [self.read_json(file).get("label") for file in files]
+        labelled = sum(map(is_label, labels))
+        if not labelled and not any(file.lower().endswith(".cls") for file in files):
+            return None
+        if self.captions_checksum is not None and labelled < len(names):
+            return None  # captions serve as well
+        return self.whole_labels(labels, names, ".cls or .json file beside it")
+
+    def whole_labels(self, labels, names, where):
+        """The labels, if every image has one."""
+        lacking = next((name for name, label in zip(names, labels) if not is_label(label)), None)
+        if lacking:
+            count = sum(map(is_label, labels))
+            raise ValueError(f"{self.root}: {lacking} has no class number in a {where}, as "
+                             f"{count:,} of {len(names):,} images have")
+        return labels
+
+    def take_folders(self, names, folders, inner, tars):
+        """Finds class names and labels below the folder `inner`. Returns the images that have a class."""
+        captioned = self.captions_checksum is not None
+        top = tree_root(names, inner, captioned)
+        if self.coco is None:
+            check_no_splits(self.root / top, folders_in(names, top))
+        if captioned and (tars or any("/" not in name[len(top):] for name in names)):
+            self.unclassed, self.classes, self.labels = 0, ["all"], np.zeros(len(names), int)
+            return names
+        if tars and are_shards(tars, names):
+            keys = Counter(posixpath.basename(name).partition(".")[2] for name in self.listed if name[-1] != "/")
+            raise ValueError(f"{self.root}: {', '.join(tars[:3])} look like shards, whose images have no labels "
+                             f"beside them (.cls, or .json with \"label\"), only {', '.join(sorted(keys)[:6])}; add "
+                             f"labels, or name each tar after its class")
+
+        if self.root.is_dir() and top != inner:
+            check_no_splits(self.root / inner, folders_in(names, inner))
+            top = inner
+        classed = [name for name in names if "/" in name[len(top):]]
+        if not classed:
+            raise self.no_images(names)
+        self.unclassed = len(names) - len(classed)
+        folders = {name for name in folders if name.startswith(top)}  # a class without images keeps its number
+        self.classes = sorted(name for name in folders_in(folders | {*classed}, top) if not is_hidden(name))
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([number[name[len(top):].split("/")[0]] for name in classed])
+        return classed
+
+    def no_images(self, names):
+        """The ValueError for a source without images of a class or with captions: what was found in their place."""
+        kinds = Counter(posixpath.splitext(name)[1].lower() or name for name in self.listed.keys() - {*names}
+                        if name[-1] != "/" and not is_hidden(name))
+        found = [f"{len(names):,} images in no folder of a class"] * bool(names)
+        found += [f"{self.texts_found:,} of them with captions"] * bool(names and self.texts_found)
+        found += [f"{count:,} {kind} files" for kind, count in kinds.most_common(4)]
+        hints = [HINTS[kind] for kind in kinds if kind in HINTS]
+        return ValueError(f"{self.root}: no images found; SOURCE must hold one folder of images "
+                          "per class, or images most of which have captions in a .txt or .json of "
+                          f"their name. Found: {'; '.join([*found, *hints]) or 'nothing'}")
+
+    # reading
+
+    def follow(self, names, labels, checksum):
+        """Takes the order of an earlier listing of which images have been removed since; those cannot be read."""
+        rows = {name: row for row, name in enumerate(self.names.tolist())}
+        if rows.keys() <= set(names.tolist()):
+            order = np.array([rows.get(name, -1) for name in names.tolist()])
+            self.places = np.where(order[:, None] < 0, GONE, self.places[order])
+            if self.texts is not None:
+                self.texts, self.text_places = self.texts[order], self.text_places[order]
+            self.names, self.labels, self.fingerprint, self.removed = names, labels, checksum, order < 0
+
+    def name(self, i):
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def __getitem__(self, i):
+        try:
+            content = read_place(self.root, self.archives, os.fsdecode(self.names[i]), *self.places[i])
+        except ValueError as error:
+            raise ValueError(f"unreadable image ({error})") from error
+        return read_image(content)
+
+
+HINTS = {".gz": "gunzip .tar.gz to .tar", ".caption": "rename .caption to .txt",
+         ".jsonl": "write the captions of a metadata.jsonl into a .txt of each image's name",
+         ".parquet": "set SOURCE to the folder of the parquet files itself"}
+
+
+def is_label(said):
+    return isinstance(said, int) and not isinstance(said, bool)
+
+
+def are_shards(tars, names):
+    """Whether tars are numbered parts of one set: their names differ in digits alone, and do not
+    begin the names of the images in them, as ImageNet's classes' do."""
+    numbered = len(tars) > 1 and len({re.sub(r"\d", "", tar) for tar in tars}) == 1
+    return numbered and not all(posixpath.basename(name).startswith(posixpath.basename(posixpath.dirname(name)))
+                                for name in names)
 
 
 def folders_in(names, top):
@@ -256,198 +461,102 @@ def tree_root(names, top, captioned):
     return top
 
 
-class ImageFiles:
-    """The images of a class-per-folder tree: a folder, a zip, a tar, or a tar (or folder) of one
-    tar per class, as ImageNet downloads. Class ids follow the sorted folder names. In tars of
-    webdataset's kind each image's .cls or .json ("label") file says its class. Images with captions
-    may do without class folders, as in tars without labels: then there is one class, "all".
-
-    inner: the folder to take of an archive. captions: COCO's captions_*.json; else .txt or .json files beside the
-    images count. captions_checksum: of that file; 0 where captions lie beside the images, None where there are none.
-    Raises ValueError for a source without images, or one that cannot be read.
-    """
-
-    mode, captions_checksum, coco = "RGB", None, None
-
-    def __init__(self, root, inner="", captions=None):
-        self.root = Path(root)
-        self.archives, places, folders = list_files(self.root)
-        top = f"{inner}/" if inner else ""
-        names = [name for name in image_names(places) if name.startswith(top)]
-        texts = []
-        if captions:
-            names = self.take_coco(names, places, captions)
-        else:
-            texts = self.find_texts(names, places)
-        if texts:
-            self.captions_checksum, self.texts = 0, np.array([os.fsencode(name) for name in texts])
-            self.text_places = np.array([places.get(name, GONE) for name in texts])
-        self.ignored = sum(name[-1] != "/" for name in places.keys() - {*names, *texts})
-        names = self.take_classes(names, folders, top)
-        # arrays, not lists: worker processes share them without copies
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.places = np.array([places[name] for name in names])
-        self.take_webdatasets_labels(names, places)
-        self.fingerprint = zlib.crc32(self.names.tobytes() + self.places[:, 1].tobytes() + self.places[:, 2].tobytes())
-
-    def take_coco(self, names, places, path):
-        """Takes the captions of COCO's annotations. Returns the images that these name, each where
-        it lies, or, if nowhere, where the others do."""
-        self.captions_checksum, known = read_coco(path)
-        found = {posixpath.basename(name): name for name in names}
-        some = next((found[name] for name in known if name in found), None)
-        if some is None:
-            raise ValueError(f"{self.root}: has none of the {len(known):,} images of {path}; set "
-                             "SOURCE to the folder or archive of these")
-        self.coco = list(known.values())
-        names = [found.get(name, posixpath.join(posixpath.dirname(some), name)) for name in known]
-        places.update({name: GONE for name in names if name not in places})
-        return names
-
-    def find_texts(self, names, places):
-        """The file with each image's captions, "" for one without; [] where these files hold no captions."""
-        texts = {name for name in places if name.endswith((".txt", ".json"))}
-        if not texts:  # as in most trees
-            return []
-        beside = [file_beside(name, (".txt", ".json"), texts) for name in names]
-        captioned = any(name.endswith(".txt") for name in beside) or \
-            any("caption" in self.read_json(name, places) for name in beside)
-        return beside if captioned else []
-
-    def take_classes(self, names, folders, inner):
-        """Finds class names and labels below the folder `inner`. Returns the images that have a class."""
-        captioned, is_folder = self.captions_checksum is not None, self.root.is_dir()
-        top = tree_root(names, inner, captioned)
-        parts = folders_in(names, top)
-        if "train" in parts and parts <= {"train", "val", "valid", "validation", "test"}:
-            raise ValueError(f"{self.root}: {', '.join(sorted(parts))} are parts of a data set, no "
-                             f"classes; set SOURCE to {self.root / top / 'train'}")
-        in_tars = is_folder and self.archives
-        if captioned and (in_tars or any("/" not in name[len(top):] for name in names)):
-            self.unclassed, self.classes, self.labels = 0, ["all"], np.zeros(len(names), int)
-            return names
-
-        top = inner if is_folder else top
-        classed = [name for name in names if "/" in name[len(top):]]
-        if not classed:
-            raise ValueError(f"{self.root}: no images found; SOURCE must hold one folder of images "
-                             "per class, or images with captions")
-        self.unclassed = len(names) - len(classed)
-        folders = {name for name in folders if name.startswith(top)}  # a class without images keeps its number
-        self.classes = sorted(name for name in folders_in(folders | {*classed}, top) if not is_hidden(name))
-        number = {name: label for label, name in enumerate(self.classes)}
-        self.labels = np.array([number[name[len(top):].split("/")[0]] for name in classed])
-        return classed
-
-    def take_webdatasets_labels(self, names, places):
-        """Where an archive's images have a .cls or .json ("label") file beside them: the classes that these say."""
-        labels = []
-        for name in names:
-            in_archive = places[name][0] >= 0
-            beside = file_beside(name, (".cls", ".json"), places) if in_archive else ""
-            label = self.read_json(beside, places).get("label")
-            if isinstance(label, int):
-                labels.append(label)
-            elif not labels and (label is None or self.captions_checksum is not None):  # none of webdataset's kind
-                return
-            else:
-                raise ValueError(f"{self.root}: {name} has no class number in a .cls or .json file beside it")
-        self.labels, self.classes = np.array(labels), [str(label) for label in range(max(labels) + 1)]
-
-    def read_json(self, name, places):
-        """What a .json file says, or as "label" what a .cls file does, or why it cannot be read; {} without one."""
-        try:
-            said = json.loads(read_place(self.root, self.archives, name, *places[name])) if name else {}
-        except Exception as error:  # zlib's too
-            said = str(error)
-        return said if isinstance(said, dict) else dict(label=said)
-
-    def follow(self, names, labels, checksum):
-        """Takes the order of an earlier listing of which images have been removed since; those cannot be read."""
-        rows = {name: row for row, name in enumerate(self.names.tolist())}
-        if rows.keys() <= set(names.tolist()):
-            order = np.array([rows.get(name, -1) for name in names.tolist()])
-            self.places = np.where(order[:, None] < 0, GONE, self.places[order])
-            if self.captions_checksum == 0:
-                self.texts, self.text_places = self.texts[order], self.text_places[order]
-            self.names, self.labels, self.fingerprint, self.removed = names, labels, checksum, order < 0
-
-    def name(self, i):
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
-
-    def captions(self, i):
-        """Raises ValueError where there are none, or none that can be read."""
-        captions = self.read_captions(i) if self.coco is None else self.coco[i]
-        if not captions:
-            raise ValueError("no caption")
-        return captions
-
-    def read_captions(self, i):
-        """Those in the file beside the image."""
-        name = os.fsdecode(self.texts[i])
-        if not name:
-            return []
-        try:
-            text = read_place(self.root, self.archives, name, *self.text_places[i]).decode("utf-8-sig")
-            said = json.loads(text).get("caption") if name.endswith(".json") else re.split("[\r\n]", text)
-            return clean([said] if isinstance(said, str) else said or [])
-        except Exception as error:  # JSON of any kind
-            raise ValueError(f"unreadable captions {name} ({error})") from error
-
-    def __getitem__(self, i):
-        try:
-            content = read_place(self.root, self.archives, os.fsdecode(self.names[i]), *self.places[i])
-        except (OSError, zlib.error, struct.error) as error:
-            raise ValueError(f"unreadable image ({error})") from error
-        return read_image(content)
-
-
 # ----- other sources ------------------------------------------------------------------------------
-class ParquetFiles:
-    """The images of the Hugging Face hub's parquet files ("image" with its "bytes", "label", class
-    names in the metadata): one file, or a folder of those of one split. Needs pyarrow."""
-
-    mode, ignored, unclassed, captions_checksum = "RGB", 0, 0, None
+class ParquetFiles(Source):
+    """The images of parquet files as the Hugging Face hub serves them: one file, or a folder of those of one split.
+    Needs pyarrow. The column of images is the metadata's, or the one of structs with "bytes", or of bytes; a
+    ClassLabel, or whole numbers called "label", are the labels; texts, the captions."""
 
     def __init__(self, root):
         try:
+            import pyarrow
             from pyarrow import parquet
         except ImportError as error:
             raise ValueError(f"{root}: parquet files are read with pyarrow; pip install pyarrow") from error
-        self.paths = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
-        splits = {path.name.split("-")[0] for path in self.paths}
+        files = sorted(path for path in root.glob("*.parquet") if not is_hidden(path.name)) if root.is_dir() else [root]
+        splits = {path.name.split("-")[0] for path in files}
         if len(splits) > 1:
             raise ValueError(f"{root}: files of {', '.join(sorted(splits))}; set SOURCE to a folder with one of these")
-        try:
-            files = [parquet.ParquetFile(path) for path in self.paths]
-            features = json.loads(files[0].schema_arrow.metadata[b"huggingface"])["info"]["features"]
-            self.labels = np.concatenate([file.read(["label"])["label"].to_numpy() for file in files])
-            self.classes = features["label"]["names"]
-        except Exception as error:  # pyarrow's own kinds
-            raise ValueError(f"{root}: no images with labels as in the hub's parquet files ({error!r})") from error
-        self.groups = [(path, group) for path, file in zip(self.paths, files) for group in range(file.num_row_groups)]
-        rows = [file.metadata.row_group(group).num_rows for file in files for group in range(file.num_row_groups)]
+        check_shards(path.name for path in files)
+        tables, columns = [], []
+        for path in files:
+            try:
+                tables.append(parquet.ParquetFile(path))
+                columns.append(find_columns(tables[-1].schema_arrow, pyarrow.types))
+            except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: damaged, or no images with labels or captions as in the "
+                                 f"hub's parquet files ({error})") from error
+        self.image, self.label, self.text, self.classes = columns[0]
+        for path, found in zip(files, columns):
+            if found != columns[0]:
+                raise ValueError(f"{path}: has other columns or class names than {files[0]}; set "
+                                 "SOURCE to a folder of files of one kind")
+        self.groups = [(path, group) for path, file in zip(files, tables) for group in range(file.num_row_groups)]
+        rows = [file.metadata.row_group(group).num_rows for file in tables for group in range(file.num_row_groups)]
         self.ends, self.open = np.cumsum(rows), (None, None)
+        self.labels = self.unlabelled = np.zeros(self.ends[-1], int)
+        if self.label:
+            labels = pyarrow.chunked_array([chunk for file in tables for chunk in file.read([self.label])[0].chunks])
+            self.unlabelled, self.labels = labels.is_null().to_numpy(), labels.fill_null(0).to_numpy().astype(int)
+            self.classes = self.classes or [str(label) for label in range(self.labels.max() + 1)]
+        self.captions_checksum = 0 if self.text else None
         self.fingerprint = zlib.crc32(self.labels.tobytes())
 
     def name(self, i):
         return f"{self.groups[np.searchsorted(self.ends, i, 'right')][0]}, row {i} of all"
 
-    def __getitem__(self, i):
+    def row(self, i):
+        """{column: value} of an image."""
         from pyarrow import parquet
         group = int(np.searchsorted(self.ends, i, "right"))
         if self.open[0] != group:  # images are asked for in order, and a group holds a hundred
             path, number = self.groups[group]
-            table = parquet.ParquetFile(path).read_row_group(number, ["image"], use_threads=False)
-            self.open = group, table["image"]
-        return read_image(self.open[1][int(i - self.ends[group])]["bytes"].as_py())
+            columns = [name for name in (self.image, self.text) if name]
+            self.open = group, parquet.ParquetFile(path).read_row_group(number, columns, use_threads=False)
+        return self.open[1].slice(int(i - self.ends[group]) + len(self.open[1]), 1).to_pylist()[0]
+
+    def captions(self, i):
+        captions = texts_of(self.row(i)[self.text])
+        if not captions:
+            raise ValueError("no caption")
+        return captions
+
+    def __getitem__(self, i):
+        if self.unlabelled[i]:
+            raise ValueError("no label")
+        said = self.row(i)[self.image]
+        content = said.get("bytes") if isinstance(said, dict) else said
+        if content is None:
+            raise ValueError("unreadable image (there are no bytes of it)")
+        return read_image(content)
 
 
-class SpriteSheet:
+def find_columns(schema, types):
+    """(column of images, of labels or None, of captions or None, class names or None) of a parquet file's schema."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+
+    def first(of_features, of_types):
+        named = [name for name, feature in features.items() if isinstance(feature, dict) and of_features(feature)]
+        return (named or [field.name for field in schema if of_types(field.name, field.type)] or [None])[0]
+
+    image = first(lambda feature: feature.get("_type") == "Image",
+                  lambda name, kind: types.is_binary(kind) or types.is_large_binary(kind) or (
+                      types.is_struct(kind) and kind.get_field_index("bytes") >= 0))
+    label = first(lambda feature: feature.get("_type") == "ClassLabel",
+                  lambda name, kind: name in ("label", "labels") and types.is_integer(kind))
+    is_text = lambda kind: types.is_string(kind) or types.is_large_string(kind)
+    text = first(lambda feature: False, lambda name, kind: name in ("caption", "captions", "text", "prompt") and (
+        is_text(kind) or (types.is_list(kind) and is_text(kind.value_type))))
+    if image is None or (label is None and text is None):
+        raise ValueError(f"columns {', '.join(schema.names)}")
+    classes = features.get(label, {}).get("names") if label else ["all"]
+    return image, label, text, classes
+
+
+class SpriteSheet(Source):
     """One image of square tiles of `tile` pixels; each class has the same number of whole rows.
     classes: their names in order; None: one class, "all"."""
-
-    ignored, unclassed, captions_checksum = 0, 0, None
 
     def __init__(self, path, tile, classes):
         try:
@@ -465,7 +574,6 @@ class SpriteSheet:
                              f"tiles, equally many for {len(self.classes)} classes; set SHEET_TILE and SHEET_CLASSES")
         self.labels = np.repeat(np.arange(len(self.classes)), rows // len(self.classes) * self.columns)
         self.fingerprint = zlib.crc32(self.sheet.tobytes())
-
     def name(self, i):
         return f"{self.path}, tile {i}"
 
@@ -480,8 +588,6 @@ class PublishedLatents(ImageFiles):
 
     moments(i): float16 [2C, h, w]. Raises ValueError where the three do not fit.
     """
-
-    unclassed = 0
 
     def __init__(self, root):
         self.root, self.latents, self.archives = Path(root, "images"), Path(root, "vae-sd"), []
@@ -533,7 +639,8 @@ def open_source(path, captions=None, tile=28, classes=None):
                          "of images per class, a tar or zip of one, or a sprite sheet")
     if (path / "vae-sd").is_dir():
         return PublishedLatents(path)
-    if path.suffix == ".parquet" or any(path.glob("*.parquet")) and not any(path.glob("*.tar")):  # tables of tars
+    has = lambda pattern: any(not is_hidden(each.name) for each in path.glob(pattern))
+    if path.suffix == ".parquet" or has("*.parquet") and not has("*.tar"):  # beside tars they are img2dataset's tables
         return ParquetFiles(path)
     if path.is_dir() or zipfile.is_zipfile(outer) or tarfile.is_tarfile(outer):
         inner = "" if outer == path else path.relative_to(outer).as_posix()

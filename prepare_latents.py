@@ -99,7 +99,7 @@ class Crops:
     def __getitem__(self, indices):
         pixels = new_batch(len(indices), self.size, self.size, len(self.source.mode))
         targets = pixels.numpy() if self.source.mode == "RGB" else pixels.numpy()[..., 0]
-        brought = hasattr(self.source, "moments")
+        brought = VAE is not None and hasattr(self.source, "moments")
         moments = np.zeros((len(indices), *self.moments_shape), np.float16) if brought else None
         packed, notes = [b""] * len(indices), {}
         for row, i in enumerate(indices):
@@ -111,7 +111,7 @@ class Crops:
                     notes[int(i)] = self.source.captions(i)
                 targets[row] = image
                 packed[row] = pack(image)
-            except Exception as error:  # an image's failure is its own
+            except ValueError as error:  # its own fault; what else fails ends the run
                 notes[int(i)], targets[row] = str(error), 0
         return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, notes
 
@@ -129,7 +129,7 @@ def encode(pixels, vae, device):
     return torch.cat([mean, std], dim=1)[: len(pixels)].half()
 
 
-def write_chunk(folder, number, first, moments, packed, reasons, captions):
+def write_chunk(folder, number, first, moments, packed, reasons, captions, captions_state):
     """Writes a chunk's latents into their rows from `first` on and its packed images into a file of
     their own, then, atomically, the record that makes both count. moments: {file: float16 tensors
     of the chunk's batches}; captions: a list for each image that is kept, if there are any."""
@@ -148,7 +148,8 @@ def write_chunk(folder, number, first, moments, packed, reasons, captions):
         checksums["captions.txt"] = zlib.crc32(json.dumps(captions).encode())  # and of where each image's begin
     part = folder / f"unfinished/{number:06d}"
     write_atomically(f"{part}.bin", lambda path: path.write_bytes(joined))
-    record = dict(lengths=[len(file) for file in packed], reasons=reasons, captions=captions, checksums=checksums)
+    record = dict(lengths=[len(file) for file in packed], reasons=reasons, captions=captions, checksums=checksums,
+                  captions_state=captions_state)
     write_atomically(f"{part}.json", lambda path: path.write_text(json.dumps(record)))
 
 
@@ -163,6 +164,7 @@ def prepare_chunks(plan, device, rank, world):
     with bar, ThreadPoolExecutor(1) as writer:
         for number, rows in chunks.items():
             moments, packed, reasons, captions = {name: [] for name in plan.latents_files}, [], {}, []
+            state = plan.source.captions_state(rows)
             while len(packed) < len(rows):
                 tensor, files, notes = next(loader)
                 for name in plan.latents_files:
@@ -174,7 +176,7 @@ def prepare_chunks(plan, device, rank, world):
                 bar.update(min(len(files) * world, bar.total - bar.n))
             if written is not None:
                 written.result()  # raises what the thread raised; and no more than two chunks are in memory
-            written = writer.submit(write_chunk, plan.folder, number, rows[0], moments, packed, reasons, captions)
+            written = writer.submit(write_chunk, plan.folder, number, rows[0], moments, packed, reasons, captions, state)
         if written is not None:
             written.result()
 
@@ -263,9 +265,11 @@ class Plan:
         self.record = dict(settings, images=count, names_checksum=self.source.fingerprint,
                            captions_checksum=self.source.captions_checksum, chunk=CHUNK)
         if self.begun:
+            if self.begun["names_checksum"] == self.source.fingerprint:
+                self.begun["source"] = settings["source"]  # the same, wherever it lies now
             refuse_other(folder, "begun", comparable(self.begun), comparable(self.record))
         self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
-        self.removed = getattr(self.source, "removed", np.zeros(count, bool))
+        self.removed = np.zeros(count, bool) if self.source.removed is None else self.source.removed
         self.moving = (self.unfinished / "moving").exists()
         self.missing = [number for number in range(len(self.chunks)) if self.is_missing(number)]
         self.missing_images = sum(len(self.chunks[number]) for number in self.missing)
@@ -276,12 +280,14 @@ class Plan:
 
     def is_missing(self, number):
         """Whether a chunk has to be made: it has no record; or, until the parts are being moved, an image of it was
-        removed since, or could not be read and may be repaired now."""
-        record = self.record_of(number)
+        removed since, its captions have changed, or one could not be read and may be repaired now."""
+        record, rows = self.record_of(number), self.chunks[number]
         if not record.exists() or self.moving:
             return not record.exists()
-        unreadable = json.loads(record.read_text())["reasons"]
-        return self.removed[list(self.chunks[number])].any() or bool(unreadable and not LEAVE_OUT_UNREADABLE)
+        said = json.loads(record.read_text())
+        state = self.source.captions_state(rows)
+        changed = self.removed[list(rows)].any() or said.get("captions_state", state) != state
+        return changed or bool(said["reasons"] and not LEAVE_OUT_UNREADABLE)
 
 
 def check_space(folder, crops, count, latents_bytes):
@@ -332,9 +338,11 @@ def judge(plan, records, kept, rank, wait_for_all):
     wait_for_all()
     unreadable = len(reasons) - plan.removed.sum()
     if not kept.any() or unreadable and not (LEAVE_OUT_UNREADABLE or plan.moving):
-        uncaptioned = "" if plan.source.captions_checksum is None else " or have no caption"
+        unlabelled = list(reasons.values()).count("no label")
+        faults = ["could not be read"] if unlabelled < unreadable else []
+        faults += ["have no caption"] * (plan.source.captions_checksum is not None) + ["have no label"] * bool(unlabelled)
         remedy = ", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""
-        raise ValueError(f"{plan.folder}: {unreadable:,} of {len(kept):,} images could not be read{uncaptioned}; "
+        raise ValueError(f"{plan.folder}: {unreadable:,} of {len(kept):,} images {' or '.join(faults)}; "
                          f"unreadable.txt there lists them, the others are done. Repair or remove them and run "
                          f"again{remedy}")
     return len(reasons)
@@ -389,6 +397,7 @@ def finish(plan, records, kept, ends):
                     pillow=PIL.__version__)
     meta = dict(format=FORMAT, count=int(kept.sum()), **plan.settings, vae=plan.vae_meta, latent_shape=plan.shape,
                 image_mode=source.mode, classes=source.classes, captions=sum(map(len, captions or [])) or None,
+                captions_checksum=source.captions_checksum,
                 bytes={name: (folder / name).stat().st_size for name in names}, versions=versions, chunks=chunks)
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     shutil.rmtree(plan.unfinished)
@@ -453,6 +462,8 @@ def is_finished(folder, settings):
     if not (folder / "meta.json").exists():
         return False
     finished = PreparedDataset(folder).meta
+    if CAPTIONS and Path(CAPTIONS).is_file() and "captions_checksum" in finished:
+        settings = dict(settings, captions_checksum=zlib.crc32(Path(CAPTIONS).read_bytes()))
     refuse_other(folder, "finished", comparable(finished), comparable(settings))
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     if os.environ.get("RANK", "0") == "0":
