@@ -1,7 +1,7 @@
 """Folders and archives as one list of files, which are read where they lie: nothing is unpacked.
 
 A place says where a file's bytes are: (number of its archive, or -1 for a file of the folder; first byte; bytes;
-whether deflated). Names are relative to the source, with / between folders; a tar inside it counts as a folder of its name.
+whether deflated). Names are relative to the source, with / between folders; a tar inside it counts as a folder.
 """
 
 import errno

@@ -12,11 +12,11 @@ import json
 import os
 import pickle
 import re
-import reprlib
 import shutil
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,25 +29,50 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from checks import told_apart
 from model import MODELS, make_network
-from runtime import lock_folder, write_atomically
+from runtime import lock_folder, opened, remove_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
 # what runs were made with before there were these settings
+NETWORKS = ("TEACHER", "TEXT_ENCODER")  # constants that say where one lies
 EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)
 
 
-# ----- a run's checkpoints ------------------------------------------------------------------------
+# ----- a run's checkpoints -------------------------------------------------------------------------
 def describe(constants, data, sit):
-    """A run's settings: every constant of its script, the model's arguments, the data set, versions."""
+    """A run's settings: every constant of its script, the model's arguments, the data set, versions; and checksums, by
+    which data and networks are known wherever they lie."""
     no_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
     own = {name: value for name, value in constants.items() if name.isupper() and name not in no_settings}
     keys = ("source", "count", "image_size", "latent_shape", "vae", "classes", "captions")
     described = {key: data.meta[key] for key in keys if key in data.meta}
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    sums = {name: weights_checksum(own[name]) for name in NETWORKS}
+    sums["data"] = zlib.crc32(json.dumps(data.meta["chunks"]).encode()) if "chunks" in data.meta else None
     # through JSON and back, so that it compares equal to what was read from a file
-    return json.loads(json.dumps(dict(own, sit=sit, data=described, versions=versions), default=str))
+    return json.loads(json.dumps(dict(own, sit=sit, data=described, checksums=sums, versions=versions), default=str))
+
+
+def weights_checksum(place):
+    """Of a network's file, or of those in its folder; None of a name."""
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(np.memmap(file, mode="r"))
+    return digest.hexdigest() if files else None
+
+
+def names_alone(settings):
+    """The settings without the paths of this machine, for a file that others get: each is its last part."""
+    if isinstance(settings, dict):
+        return {key: names_alone(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [names_alone(value) for value in settings]
+    is_path = isinstance(settings, str) and (os.path.isabs(settings) or os.path.exists(settings))
+    return os.path.basename(settings.rstrip("/")) if is_path else settings
 
 
 def step_of(folder):
@@ -70,6 +95,10 @@ def run_state(model, optimizer, ema, meters):
             state[f"optimizer.{name}.{key}"] = value
     state.update({f"ema.{name}": value for name, value in ema.items()})
     return dict(state, meters=meters)
+
+
+def whole_size(tensor):
+    return tensor.numel() * tensor.element_size()
 
 
 def whole(tensor):
@@ -96,18 +125,29 @@ def save(run, settings, progress, state, ema, keep_last, keep_every):
     try:
         dcp.save(state, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
         if ema:  # rank 0
-            save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(settings)))
+            save_file(ema, unfinished / "ema.safetensors", metadata=dict(settings=json.dumps(names_alone(settings))))
             (unfinished / "progress.json").write_text(json.dumps(dict(progress, settings=settings)))
             os.replace(unfinished, folder)
-            for old in finished(run)[: -max(keep_last, 1)]:
-                if not keep_every or step_of(old) % keep_every:
-                    shutil.rmtree(old)
-            latest = shutil.copyfile(folder / "ema.safetensors", run / "ema.safetensors.tmp")
-            os.replace(latest, run / "ema.safetensors")
     except (OSError, CheckpointException, SafetensorError) as error:
+        free = shutil.disk_usage(run).free
         if ema:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if free < sum(whole_size(tensor) for tensor in state.values()):
+            return f"the disk is full: {free / 2**20:,.0f} MiB are free"
         return str(error).strip().splitlines()[-1]
+    if ema:
+        tidy(run, folder, keep_last, keep_every)
+
+
+def tidy(run, newest, keep_last, keep_every):
+    """Removes old checkpoints, and makes the newest's EMA the run's. What fails here is said, and stops nothing."""
+    for old in finished(run)[: -max(keep_last, 1)]:
+        if not keep_every or step_of(old) % keep_every:
+            remove_folder(old)
+    try:
+        write_atomically(run / "ema.safetensors", lambda path: shutil.copyfile(newest / "ema.safetensors", path))
+    except OSError as error:
+        tqdm.write(f"{run / 'ema.safetensors'}: not renewed ({error.strerror}); {newest} has the latest")
 
 
 def find(run, settings, frozen):
@@ -124,18 +164,32 @@ def find(run, settings, frozen):
     except (OSError, ValueError, KeyError) as error:
         raise damaged(newest, error) from error
 
-    def differ(key):
-        before, now = saved.get(key, settings[key]), settings[key]  # an older version's run need not have it
-        a_path = key in ("TEACHER", "TEXT_ENCODER")
-        return before != now and not (a_path and os.path.realpath(before) == os.path.realpath(now))
-
-    differing = [(key, saved[key], settings[key]) for key in frozen if differ(key)]
-    differing += [(f"the data's {key}", value, settings["data"].get(key)) for key, value in saved["data"].items()
-                  if value != settings["data"].get(key)]
+    differing = [(key, saved[key], settings[key]) for key in frozen if differ(key, saved, settings)]
+    if not differing:  # the names are the same, but not what they stand for
+        differing = [(f"the network's {key}", value, settings["sit"][key]) for key, value in saved["sit"].items()
+                     if value != settings["sit"].get(key, value)]
+    if not same(saved, settings, "data"):
+        differing += [(f"the data's {key}", value, settings["data"].get(key)) for key, value in saved["data"].items()
+                      if value != settings["data"].get(key)]
     if differing:
-        told = "; ".join(f"{key} {reprlib.repr(before)}, now {reprlib.repr(now)}" for key, before, now in differing)
+        told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)
         raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")
-    return newest, progress
+    return newest, dict(progress, settings=saved)
+
+
+def same(saved, settings, name):
+    """Whether the checksum of a network or of the data says that it is the same; None where it does not say."""
+    before, now = (each.get("checksums", {}).get(name) for each in (saved, settings))
+    return None if before is None or now is None else before == now
+
+
+def differ(key, saved, settings):
+    """Whether a setting is another than it was; of a network in a file or folder its weights say so, not its place."""
+    before, now = saved.get(key, settings[key]), settings[key]  # an older version's run need not have it
+    if key not in NETWORKS:
+        return before != now
+    known = same(saved, settings, key)
+    return os.path.realpath(before) != os.path.realpath(now) if known is None else not known
 
 
 def load(folder, state):
@@ -154,29 +208,26 @@ def damaged(folder, error):
 
 
 # ----- a run's folder and logs --------------------------------------------------------------------
-def open_run(run, settings, saved, step, columns, rank):
-    """Makes or claims the run's folder, with what is needed to repeat the run; every process takes
-    part. Returns the file that holds the claim, on rank 0.
+def open_run(run, settings, saved, step, columns, rank, script):
+    """Makes or claims the run's folder, with what is needed to repeat the run; every process takes part.
 
-    saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's.
+    saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's; script: the file that runs.
     """
-    lock = None
     if rank == 0:
         (run / "previews").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run, "RUN_DIR")
+        lock_folder(run, "RUN_DIR")
         if saved != (finished(run)[-1] if finished(run) else None):
             raise ValueError(f"{run}: another process has just trained on here; give the same command again")
         for unfinished in (run / "checkpoints").glob("step_*[0-9].tmp"):  # what a killed run was writing
             shutil.rmtree(unfinished)
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-        write_atomically(run / "train.py", lambda path: shutil.copyfile(Path(__file__).with_name("train.py"), path))
+        write_atomically(run / Path(script).name, lambda path: shutil.copyfile(script, path))
         truncate_log(run / "log.csv", step, columns)
     if dist.is_initialized():
         dist.barrier()
     if not (run / "settings.json").exists():
-        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on "
-                         "a disk that all nodes share")
-    return lock
+        raise ValueError(f"{run}: rank {rank} does not see what rank 0 wrote there; put RUN_DIR on a disk that all "
+                         f"nodes share")
 
 
 def append(path, line):
@@ -200,16 +251,20 @@ def open_tracker(tracker, run, settings, step):
     if tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run, purge_step=step + 1)  # later ones, which a killed run wrote, are written again
+        opened[run, tracker] = writer.close
         return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
     if tracker == "wandb":
         import wandb
         place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
         try:
-            there = wandb.init(project="nanohaste", name=run.name, id=place, dir=run, config=settings, resume="allow")
-            done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
+            there = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanohaste"), id=place, dir=run, config=settings,
+                               name=os.environ.get("WANDB_NAME", run.name), resume="allow")
         except Exception as error:  # of its own kinds, which are not ours to import
             raise ValueError(f"TRACKER 'wandb': {error}; mend that, or set it to None") from error
-        return lambda step, values: wandb.log(values, step=step) if step >= done else None
+        opened[run, tracker] = getattr(there, "finish", lambda: None)
+        done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
+        log = getattr(there, "log", wandb.log)
+        return lambda step, values: log(values, step=step) if step >= done else None
     return lambda step, values: None
 
 
@@ -245,7 +300,7 @@ def read_weights(path, average):
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("settings", "null"))
-            return {key: file.get_tensor(key) for key in file.keys()}, settings
+            return {key: file.get_tensor(key) for key in file.keys()}, with_places(settings, path.parent)
     # of what else pickles may hold, only their training arguments' class is let in, for which this stands
     namespace = type("Namespace", (), dict(__module__="argparse"))
     with torch.serialization.safe_globals([namespace]):
@@ -253,6 +308,17 @@ def read_weights(path, average):
     if average is None:
         state = state.get("ema", state)
     return state.get(average or "model_ema1", state), None
+
+
+def with_places(settings, folder):
+    """A header's settings, with the places of VAE and text encoder where the run's folder still says them."""
+    for file in (folder / "settings.json", folder / "progress.json"):
+        if settings and file.exists():
+            known = json.loads(file.read_text())
+            known = known.get("settings", known)
+            if names_alone(known["data"]) == names_alone(settings["data"]):
+                settings = dict(settings, data=known["data"], TEXT_ENCODER=known.get("TEXT_ENCODER"))
+    return settings
 
 
 def with_our_names(state):

@@ -34,10 +34,11 @@ from scipy.special import xlogy
 from tqdm import tqdm
 
 import teacher
+from checks import check_constants
 from dataset import PreparedDataset, new_batch, open_loader
 from images import image_names, list_folder, read_image
 from inception import INCEPTION_URL, load_inception
-from runtime import check_constants, check_writable, ends_in_one_line, run_script, start_processes, write_atomically
+from runtime import check_writable, ends_in_one_line, run_script, start_processes, write_atomically
 
 # what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by
 # prepare_latents.py, or the folder of a run or of its samples, where samples.npz is taken

@@ -335,7 +335,7 @@ class ImageFiles(Source):
         file = min(files, key=lambda name: name.count("/"), default="")
         said = self.read_json(file).get("labels", "")
         if said is None and self.captions_checksum is None:
-            raise ValueError(f"{self.root}: {file} has no labels, so the folders beside it are no classes; make it with "
+            raise ValueError(f"{self.root}: {file} has no labels, so the folders beside it are no classes; make it "
                              f"labels, or move it elsewhere if they are classes")
         if not isinstance(said, (list, dict)):
             return None

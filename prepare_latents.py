@@ -37,18 +37,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checks import check_constants, refuse_other
 from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
 from images import ImageFiles, PublishedLatents, center_crop, open_source, square_crop
-from runtime import (
-    check_constants,
-    ends_in_one_line,
-    lock_folder,
-    refuse_other,
-    reserve,
-    run_script,
-    start_processes,
-    write_atomically,
-)
+from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
 from vae import SCALE, load_vae
 
 # source
@@ -164,7 +156,7 @@ def prepare_chunks(plan, device, rank, world):
     with bar, ThreadPoolExecutor(1) as writer:
         for number, rows in chunks.items():
             moments, packed, reasons, captions = {name: [] for name in plan.latents_files}, [], {}, []
-            state = plan.source.captions_state(rows)
+            state = plan.source.captions_state(rows)  # before they are read
             while len(packed) < len(rows):
                 tensor, files, notes = next(loader)
                 for name in plan.latents_files:
@@ -176,7 +168,8 @@ def prepare_chunks(plan, device, rank, world):
                 bar.update(min(len(files) * world, bar.total - bar.n))
             if written is not None:
                 written.result()  # raises what the thread raised; and no more than two chunks are in memory
-            written = writer.submit(write_chunk, plan.folder, number, rows[0], moments, packed, reasons, captions, state)
+            chunk = number, rows[0], moments, packed, reasons, captions, state
+            written = writer.submit(write_chunk, plan.folder, *chunk)
         if written is not None:
             written.result()
 
@@ -302,9 +295,9 @@ def check_space(folder, crops, count, latents_bytes):
 
 
 def begin(plan):
-    """Claims the folder and says what will be done. Returns the file that holds the claim."""
+    """Claims the folder, says what will be done and makes room for it."""
     plan.unfinished.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(plan.unfinished, "DATA_DIR")
+    lock_folder(plan.unfinished, "DATA_DIR")
     if (plan.folder / "meta.json").exists():
         raise ValueError(f"{plan.folder}: another process has just finished it; there is nothing to do")
     describe(plan.source)
@@ -319,7 +312,6 @@ def begin(plan):
         write_atomically(plan.unfinished / "plan.json", lambda path: path.write_text(json.dumps(plan.record)))
     elif VAE is None:
         (plan.folder / "latents.npy").unlink(missing_ok=True)  # begun by a version that stored pixels there too
-    return lock
 
 
 # ----- joining ------------------------------------------------------------------------------------
@@ -339,8 +331,9 @@ def judge(plan, records, kept, rank, wait_for_all):
     unreadable = len(reasons) - plan.removed.sum()
     if not kept.any() or unreadable and not (LEAVE_OUT_UNREADABLE or plan.moving):
         unlabelled = list(reasons.values()).count("no label")
-        faults = ["could not be read"] if unlabelled < unreadable else []
-        faults += ["have no caption"] * (plan.source.captions_checksum is not None) + ["have no label"] * bool(unlabelled)
+        faults = ["could not be read"] * (unlabelled < unreadable) + ["have no label"] * (unlabelled > 0)
+        if plan.source.captions_checksum is not None:
+            faults.append("have no caption")
         remedy = ", or set LEAVE_OUT_UNREADABLE = True" if kept.any() else ""
         raise ValueError(f"{plan.folder}: {unreadable:,} of {len(kept):,} images {' or '.join(faults)}; "
                          f"unreadable.txt there lists them, the others are done. Repair or remove them and run "
@@ -400,7 +393,7 @@ def finish(plan, records, kept, ends):
                 captions_checksum=source.captions_checksum,
                 bytes={name: (folder / name).stat().st_size for name in names}, versions=versions, chunks=chunks)
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
-    shutil.rmtree(plan.unfinished)
+    remove_folder(plan.unfinished)
     return meta
 
 
@@ -465,8 +458,9 @@ def is_finished(folder, settings):
     if CAPTIONS and Path(CAPTIONS).is_file() and "captions_checksum" in finished:
         settings = dict(settings, captions_checksum=zlib.crc32(Path(CAPTIONS).read_bytes()))
     refuse_other(folder, "finished", comparable(finished), comparable(settings))
-    shutil.rmtree(folder / "unfinished", ignore_errors=True)
     if os.environ.get("RANK", "0") == "0":
+        if (folder / "unfinished").exists():
+            remove_folder(folder / "unfinished")
         print(f"{folder}: already finished, {finished['count']:,} images; nothing to do")
     return True
 
@@ -495,7 +489,7 @@ def main():
     plan = Plan(folder, settings, device)
     wait_for_all()
     if rank == 0:
-        lock = begin(plan)  # noqa: F841 - held until main() ends
+        begin(plan)
     wait_for_all()
     prepare_chunks(plan, device, rank, world)
     wait_for_all()

@@ -1,13 +1,13 @@
-"""How every script starts, stops, refuses and writes: processes and devices, stop signals, errors
-that say what to do, checks of constants, locks, files that are whole or absent."""
+"""How every script starts, stops and writes: processes and devices, stop signals, errors that say what to do, locks,
+files that are whole or absent."""
 
+import difflib
 import gc
 import itertools
 import multiprocessing
-import numbers
 import os
 import platform
-import re
+import shutil
 import signal
 import sys
 import threading
@@ -27,16 +27,32 @@ joined = itertools.count()  # how often processes were joined here
 def start_processes(nccl=False):
     """(rank, number of processes, device) of this process. Those that torchrun started are joined: for tensors on the
     CPU by gloo, and if `nccl` for those on GPUs too; with it one process on a GPU is a group of one, for FSDP."""
+    check_launch()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK {device.index}: this machine has {torch.cuda.device_count()} GPUs; set "
+                             f"--nproc_per_node to so many")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         join_processes(rank, world, device if nccl and device.type == "cuda" else None)
     elif nccl and has_bf16(device) and dist.is_nccl_available() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
     return rank, world, device
+
+
+def check_launch():
+    """Raises ValueError where several processes were started, but not so that they find each other."""
+    tasks, script = int(os.environ.get("SLURM_NTASKS", 1)), Path(sys.argv[0]).name
+    if tasks > 1 and "RANK" not in os.environ:
+        raise ValueError(f"Slurm has {tasks} tasks (SLURM_NTASKS), which would each do all the work; start one a "
+                         f"node, srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 "
+                         f"--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 {script}, or unset SLURM_NTASKS")
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"RANK is set but LOCAL_RANK is not; start with torchrun --nproc_per_node=8 {script}, or unset "
+                         f"RANK and WORLD_SIZE")
 
 
 def join_processes(rank, world, gpu):
@@ -58,6 +74,7 @@ def has_bf16(device):
 
 
 # ----- how a script ends --------------------------------------------------------------------------
+opened = {}  # by what it is of, how each thing is closed that is open until its main() ends
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 REMEDIES = {  # a sign of what went wrong in a library: what the user can do
     "OutOfMemoryError": "the GPU's memory is full; set a smaller BATCH_SIZE, in train.py more MICRO_BATCHES",
@@ -75,7 +92,10 @@ def exit_status(number):
 
 def ends_in_one_line(main):
     """A script's main(). Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with one line;
-    a second one at once. What libraries raise and the user can mend becomes an OSError with a remedy."""
+    a second one at once. What libraries raise and the user can mend becomes an OSError with a remedy. An upper-case
+    name that was set in the script since it was imported is a constant mistyped, and refused."""
+    known = {name for name in main.__globals__ if name.isupper()}
+
     def stop(number, _):
         signal.signal(number, signal.SIG_DFL)
         print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
@@ -86,11 +106,17 @@ def ends_in_one_line(main):
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             sys.exit("this system's loader processes run the script again: put its last lines "
                      "under if __name__ == '__main__':, or set WORKERS = 0")
-        here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
-        handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS if here}
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console that has not a caption's characters ends nothing
+                stream.reconfigure(errors="backslashreplace")
+        handlers = {number: signal.signal(number, stop) for number in signals_here()}
+        before = set(opened)
         try:
+            refuse_mistyped(main.__globals__, known)
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # what earlier runs in this process compiled counts against this one's
             return main()
-        except (ValueError, OSError, RuntimeError, SystemExit) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError, SystemExit) as error:
             mendable = in_one_line(error)
             if mendable is None:
                 raise
@@ -99,9 +125,24 @@ def ends_in_one_line(main):
         finally:
             gc.enable()
             gc.unfreeze()
+            for key in opened.keys() - before:
+                opened.pop(key)()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return until_its_end
+
+
+def signals_here():
+    """The stop signals, of which no thread but the main one may be told."""
+    return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else set()
+
+
+def refuse_mistyped(constants, known):
+    """Raises ValueError for an upper-case name that is none of the known ones, with the nearest of these."""
+    for name in constants:
+        if name.isupper() and name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0) or [""]
+            raise ValueError(f"{name} = {constants[name]!r}: there is no such constant; {nearest[0]} is the nearest")
 
 
 def in_one_line(error):
@@ -109,6 +150,8 @@ def in_one_line(error):
     lines = str(error).strip().splitlines() or [""]
     in_loader = "Caught " in lines[0] and "DataLoader worker process" in lines[0]
     text = lines[-1].removeprefix(f"{type(error).__name__}: ") if in_loader else lines[0]
+    if isinstance(error, MemoryError):
+        return OSError(f"memory is full; set fewer WORKERS or a smaller BATCH_SIZE ({text[:200]})")
     if isinstance(error, RuntimeError):
         described = f"{type(error).__name__}: {text if in_loader else error}"
         for sign, remedy in REMEDIES.items():
@@ -128,7 +171,7 @@ def collect_stops():
         signal.signal(number, signal.SIG_DFL)
         received.append(number)
 
-    for number in STOP_SIGNALS:
+    for number in signals_here():
         signal.signal(number, collect)
     return received
 
@@ -143,65 +186,10 @@ def run_script(main):
                  + ("; what is done is kept, the same command goes on" if of_the_system else ""))
 
 
-# ----- what a script refuses ----------------------------------------------------------------------
-def check_constants(constants, rules, **choices):
-    """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices.
-    Rules are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]".
-
-    Whole floats become ints, None becomes 0 where that is allowed, ~ is expanded. Raises ValueError
-    that names the constant, its value and what is allowed.
-    """
-    for name, allowed in choices.items():
-        if not any(constants[name] == choice for choice in allowed):
-            raise ValueError(f"unknown {name} {constants[name]!r}; choose one of {', '.join(map(str, allowed))}")
-    for rule, names in rules.items():
-        for name in names.split():
-            constants[name] = checked(name, constants[name], rule)
-
-
-def checked(name, value, rule):
-    """A constant's value as its script takes it. Raises ValueError where the rule does not allow it."""
-    refused = ValueError(f"{name} = {value!r}; allowed: {rule}")
-    if value is None and rule.endswith("or None"):
-        return None
-    if rule == "True or False":
-        if not isinstance(value, bool):
-            raise refused
-        return value
-    if rule.startswith("path"):
-        if not isinstance(value, (str, os.PathLike)) or not str(value):
-            raise refused
-        return os.path.expanduser(value)
-
-    two, whole, many, bound, low, high = re.match(
-        r"(two )?(whole )?number(s)? (from|above) (\S+)(?: to (\S+))?", rule).groups()
-    found = list(value) if many and isinstance(value, (tuple, list)) else [value]
-    if whole and low == "0":  # None stands for never, or none
-        found = [0 if each is None else each for each in found]
-
-    def is_good(number):
-        if not isinstance(number, numbers.Real) or isinstance(number, bool):
-            return False
-        inside = float(low) <= number <= float(high or 1e300)
-        return inside and (bound == "from" or number > float(low)) and (not whole or number % 1 == 0)
-
-    if not found or (two and len(found) != 2) or not all(map(is_good, found)):
-        raise refused
-    found = tuple(int(each) if whole else each for each in found)
-    return found if many else found[0]
-
-
-def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
-    """Raises ValueError that names what differs between a folder's settings and this run's."""
-    differing = [f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
-                         f"set them back, choose another {constant} or delete the folder")
-
-
+# ----- how it writes ------------------------------------------------------------------------------
 def lock_folder(folder, constant):
-    """Claims a folder: until the file that it returns is closed, at the latest when the process ends, others are
-    refused with a ValueError. Systems and disks without such locks are taken as they are."""
+    """Claims a folder: until main() ends, or the file that it returns is closed, others are refused with a ValueError.
+    Systems and disks without such locks are taken as they are."""
     file = open(folder / "lock", "a+")
     try:
         import fcntl
@@ -215,10 +203,10 @@ def lock_folder(folder, constant):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
+    opened[folder] = file.close
     return file
 
 
-# ----- how it writes ------------------------------------------------------------------------------
 def check_writable(path):
     """Raises now what writing the file after hours of work would raise."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -239,6 +227,15 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_folder(folder):
+    """Removes a folder that is done with, its lock first. What cannot be removed stays, and a line says so."""
+    opened.pop(folder, lambda: None)()
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"{folder}: could not be removed ({error.strerror}), and may be deleted")
 
 
 def reserve(path, shape, dtype=np.float16):

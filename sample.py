@@ -27,14 +27,14 @@ from scipy.integrate import RK45
 from tqdm import tqdm
 
 from checkpoint import load_model
+from checks import check_constants, refuse_other
 from dataset import PreparedDataset
 from model import make_network, path_coefficients
 from runtime import (
-    check_constants,
     ends_in_one_line,
     has_bf16,
     lock_folder,
-    refuse_other,
+    remove_folder,
     reserve,
     run_script,
     start_processes,
@@ -424,7 +424,7 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     plan_file, images_file, done_file = (unfinished / name for name in ("plan.json", "images.npy", "done.npy"))
     if rank == 0:
         unfinished.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(unfinished, "OUT")  # noqa: F841 - held until all is drawn
+        lock_folder(unfinished, "OUT")
     wait_for_all()
     if plan_file.exists():
         refuse_other(unfinished, "was begun", json.loads(plan_file.read_text()), settings, "OUT")
@@ -458,7 +458,8 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     write_samples(out, images, shown, captioned=bool(sampler.encoder))
     described = dict(settings, checkpoint=checkpoint, processes=world, torch=torch.__version__)
     write_atomically(out / "samples.json", lambda path: path.write_text(json.dumps(described, indent=1)))
-    shutil.rmtree(unfinished)
+    del images, done  # their files are in the folder that goes
+    remove_folder(unfinished)
 
 
 def write_samples(out, images, shown, captioned):

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 import checkpoint
 import costs
+from checks import check_constants
 from dataset import PreparedDataset, open_loader
 from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
 from model import MODELS, interpolate, make_network
-from runtime import check_constants, collect_stops, ends_in_one_line, exit_status, has_bf16, run_script, start_processes
+from runtime import collect_stops, ends_in_one_line, exit_status, has_bf16, run_script, start_processes
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from text import CaptionTable, TextEncoder
@@ -255,7 +256,8 @@ def check_settings(world):
                                "PREVIEW_STEPS",
         "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT SPATIAL_NORM LEARNING_RATE WEIGHT_DECAY",
         "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE", "number from -1 to 1": "CONFLICT_BELOW",
-        "number from 0 to 1": "LABEL_DROPOUT EMA_DECAY", "numbers from 0 to 1": "CONFLICT_TIMES",
+        "number from 0 to 1": "LABEL_DROPOUT", "number from 0 to 0.9999999": "EMA_DECAY", "list": "LAYER_PAIRS",
+        "numbers from 0 to 1": "CONFLICT_TIMES",
         "two whole numbers from 1": "PREVIEW_GRID", "two numbers from 0 to 0.9999999": "BETAS"},
         MODEL=MODELS, PATH=("linear", "cosine"), PROJECTOR=("mlp", "conv"), TRIGGER=("step", "conflict"),
         SHARDING=("zero2", "zero3", "replicate"), REDUCE_PRECISION=("float32", "bf16"),
@@ -344,6 +346,15 @@ def network_arguments(data):
     return network
 
 
+def load_preview_vae(vae_meta):
+    """The VAE for previews; with a ValueError that says how to do without."""
+    try:
+        return load_vae(vae_meta["name"])[0]
+    except ValueError as error:
+        raise ValueError(f"{error}; or, as it is for previews alone, set PREVIEW_EVERY = 0, or write where it lies now "
+                         f"into {DATA_DIR}/meta.json") from error
+
+
 @ends_in_one_line
 def main():
     # processes and precision
@@ -368,6 +379,7 @@ def main():
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
 
+    prolonged = not aligning and step < ALIGN_STEPS != progress["settings"]["ALIGN_STEPS"]
     if phase_one_is_over() or not (FEATURE_WEIGHT or ATTENTION_WEIGHT):
         aligning = False  # once False, for good
 
@@ -386,7 +398,7 @@ def main():
         teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
         if FEATURE_WEIGHT:
             network["teacher_dim"] = teacher.dim
-    vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
+    vae = load_preview_vae(data.vae).to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
@@ -416,7 +428,7 @@ def main():
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
     # the run's folder, and what the run will cost
-    lock = checkpoint.open_run(run, settings, saved, step, COLUMNS, rank)  # noqa: F841 - held to the end
+    checkpoint.open_run(run, settings, saved, step, COLUMNS, rank, __file__)
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
@@ -432,6 +444,13 @@ def main():
         f"{device.type}, {precision}, {costs.attention_kernel(model, precision, device)}, phase "
         f"{'I' if aligning else 'II'} from step {step:,}\n{costs.estimate(memory, flops, peak_rate, BATCH_SIZE)}")
 
+    if prolonged:
+        log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
+    short = ""
+    if STEPS < 3 / (1 - EMA_DECAY):
+        short = (f"; EMA_DECAY {EMA_DECAY} averages over more steps, so that samples still show the first weights' "
+                 f"noise: {max(0, 1 - 3 / max(STEPS, 3)):.3g} fits")
+        log(f"STEPS {STEPS:,}{short}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     gc.freeze()
@@ -560,7 +579,7 @@ def main():
     if stopped_by:
         log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
         sys.exit(exit_status(stopped_by))
-    log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py")
+    log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py{short}")
 
 
 if __name__ == "__main__":

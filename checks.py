@@ -1,0 +1,75 @@
+"""What every script refuses before any work: constants that are not allowed, folders made with other ones."""
+
+import numbers
+import os
+import re
+
+import numpy as np
+
+
+def check_constants(constants, rules, **choices):
+    """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices.
+    Rules are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]", "list [or
+    None]".
+
+    Whole floats become ints, None becomes 0 where that is allowed, ~ is expanded. Raises ValueError
+    that names the constant, its value and what is allowed.
+    """
+    for name, allowed in choices.items():
+        if not any(constants[name] == choice for choice in allowed):
+            raise ValueError(f"unknown {name} {constants[name]!r}; choose one of {', '.join(map(str, allowed))}")
+    for rule, names in rules.items():
+        for name in names.split():
+            constants[name] = checked(name, constants[name], rule)
+
+
+def checked(name, value, rule):
+    """A constant's value as its script takes it. Raises ValueError where the rule does not allow it."""
+    refused = ValueError(f"{name} = {value!r}; allowed: {rule}")
+    if value is None and rule.endswith("or None"):
+        return None
+    if rule == "True or False":
+        if not isinstance(value, bool):
+            raise refused
+        return value
+    if rule.startswith("list"):
+        if not isinstance(value, (list, tuple, range)):
+            raise refused
+        return value
+    if rule.startswith("path"):
+        if not isinstance(value, (str, os.PathLike)) or not str(value):
+            raise refused
+        return os.path.expanduser(value)
+
+    two, whole, many, bound, low, high = re.match(
+        r"(two )?(whole )?number(s)? (from|above) (\S+)(?: to (\S+))?", rule).groups()
+    found = list(value) if many and isinstance(value, (tuple, list, range, np.ndarray)) else [value]
+    if whole and low == "0":  # None stands for never, or none
+        found = [0 if each is None else each for each in found]
+
+    def is_good(number):
+        if not isinstance(number, numbers.Real) or isinstance(number, bool):
+            return False
+        inside = float(low) <= number <= float(high or 1e300)
+        return inside and (bound == "from" or number > float(low)) and (not whole or number % 1 == 0)
+
+    if not found or (two and len(found) != 2) or not all(map(is_good, found)):
+        raise refused
+    found = tuple(int(each) if whole else each for each in found)
+    return found if many else found[0]
+
+
+def told_apart(before, now):
+    """'before, now after' for a message: of long values what begins shortly before they differ."""
+    values = [repr(before), repr(now)]
+    start = len(os.path.commonprefix(values)) - 20 if max(map(len, values)) > 60 else 0
+    before, now = (("..." + value[start:] if start > 0 else value) for value in values)
+    return f"{before[:200]}, now {now[:200]}"
+
+
+def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
+    """Raises ValueError that names what differs between a folder's settings and this run's."""
+    differing = [f"{key} {told_apart(found.get(key), wanted[key])}" for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
+                         f"set them back, choose another {constant} or delete the folder")
