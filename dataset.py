@@ -50,6 +50,7 @@ class PreparedDataset:
             raise ValueError(f"{self.path / 'labels.npy'}: labels {self.labels.min()}..{self.labels.max()}, but "
                              f"meta.json names {len(self.classes)} classes; {REMEDY}")
         if with_images or self.vae is None:
+            check_webp()
             self.packed = np.asarray(np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r"))
             self.offsets = np.load(self.path / "image_offsets.npy", mmap_mode="r")
         self.captions = self.caption_offsets = None
@@ -121,6 +122,14 @@ class PreparedDataset:
         if flip.any():
             moments[flip] = torch.from_numpy(self.mirrored[rows[flip]])
         return moments, labels, images
+
+
+def check_webp():
+    """Raises ValueError where Pillow cannot write and read WebP, in which images are packed."""
+    Image.init()
+    if "WEBP" not in Image.SAVE or "WEBP" not in Image.OPEN:
+        raise ValueError("this Pillow knows no WebP, in which images are packed; install one that does: pip install "
+                         "--force-reinstall pillow")
 
 
 def read_meta(folder):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import zipfile
 import zlib
@@ -34,9 +35,10 @@ from scipy.special import xlogy
 from tqdm import tqdm
 
 import teacher
+from archives import list_folder
 from checks import check_constants
 from dataset import PreparedDataset, new_batch, open_loader
-from images import image_names, list_folder, read_image
+from images import image_names, read_image, upright_size
 from inception import INCEPTION_URL, load_inception
 from runtime import check_writable, ends_in_one_line, run_script, start_processes, write_atomically
 
@@ -44,7 +46,7 @@ from runtime import check_writable, ends_in_one_line, run_script, start_processe
 # prepare_latents.py, or the folder of a run or of its samples, where samples.npz is taken
 SAMPLES = "runs/haste-xl/samples/samples.npz"  # the paper: 50,000 samples
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # its mu, sigma, mu_s, sigma_s are used as stored
-OUT = "runs/haste-xl/fid.json"
+OUT = None  # the JSON with the figures; None: beside SAMPLES, named after them, REFERENCE and FEATURES
 # in which features
 FEATURES = "inception"  # or what teacher.load_network takes: a timm name or a .safetensors file
 FEATURES_SIZE = 224  # pixels at which a timm name's network sees images; None: its own size
@@ -263,16 +265,28 @@ def open_npz(path, may_be_statistics):
     return ImageSet(path, shape[0], shape[1:3], stored, batches)
 
 
+def by_numbers(name):
+    """What sorts names by their words and numbers."""
+    parts = [re.split(r"([0-9]+)", folder) for folder in name.split("/")]
+    return [[int(part) if i % 2 else part for i, part in enumerate(folder)] for folder in parts]
+
+
 class ImageFolder:
-    """Images of any format and one size below a folder, in the order of their paths. `folder[rows]` is a tuple of one
-    uint8 [B, 3, H, W]. Raises ValueError for an image that differs in size or cannot be read."""
+    """Images of any format and one size below a folder, in the order of their paths, or, where they have prompts
+    (CLIP), of the numbers in these: 2 before 10. `folder[rows]` is a tuple of one uint8 [B, 3, H, W]. Raises ValueError
+    for an image that differs in size or cannot be read."""
 
     def __init__(self, root):
-        self.size, self.files = None, [Path(root, name) for name in image_names(list_folder(root))]
+        names = image_names(list_folder(root))
+        numbered = sorted(names, key=by_numbers)
+        if CLIP and numbered != names:
+            names = numbered
+            print(f"{root}: images in the order of the numbers in their names, {names[0]}, {names[1]}, ...")
+        self.size, self.files = None, [Path(root, name) for name in names]
         for file in self.files:  # headers alone: 40,000 a second
             try:
                 with Image.open(file) as image:
-                    size = image.size[::-1]
+                    size = upright_size(image)
             except Exception as error:  # see images.read_image
                 raise ValueError(f"{file}: cannot be read as an image ({error}); replace it or take it out") from error
             self.size = self.size or size
@@ -327,7 +341,8 @@ def read_prompts(images):
         return [data.captions[first] for first in data.caption_offsets[:-1]]
     file = (images.path if images.path.is_dir() else images.path.parent) / "prompts.txt"
     try:
-        prompts = file.read_bytes().decode().removesuffix("\n").split("\n")  # splitlines() knows other ends of lines
+        lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")  # splitlines() knows other ends
+        prompts = [line.removesuffix("\r") for line in lines]
         if len(prompts) != images.count:
             raise ValueError(f"{len(prompts)} lines")
         return prompts
@@ -483,12 +498,14 @@ def main():
     # processes, and what to compare
     rank, world, device = start_processes()
     check_constants(globals(), {
-        "path": "SAMPLES REFERENCE OUT FEATURES", "path or None": "INCEPTION_WEIGHTS CLIP",
+        "path": "SAMPLES REFERENCE FEATURES", "path or None": "OUT INCEPTION_WEIGHTS CLIP",
         "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1": "BATCH_SIZE DISTANCES",
         "whole number from 1 or None": "FEATURES_SIZE"}, RESIZE=("tf1", "bilinear"))
-    if rank == 0:
-        check_writable(OUT)
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
+    names = (samples.path.stem, reference.path.stem, Path(FEATURES).stem)
+    out = OUT or samples.path.resolve().parent / f"{'.'.join(names)}.json"
+    if rank == 0:
+        check_writable(out)
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
     stored = reference.stored if FEATURES == "inception" else {}
     check_sets(samples, reference, kept)
@@ -534,7 +551,9 @@ def main():
     classes = how.get("samples_settings", {}).get("CLASS_SAMPLING")
     print_table(label, metrics, samples, reference, kept, classes, stored, len(real["mu"]))
     result = json.loads(json.dumps(dict(label=label, **metrics, **how, **computed), default=str))
-    write_atomically(OUT, lambda path: path.write_text(json.dumps(result, indent=1)))
+    write_atomically(out, lambda path: path.write_text(json.dumps(result, indent=1)))
+    if OUT is None:
+        print(f"  all of it in {out}")
     return result
 
 

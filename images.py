@@ -75,16 +75,27 @@ def to_8_bit(image):
     return image
 
 
+def turned(image):
+    """The name of what turns a PIL image upright, or None."""
+    try:
+        return UPRIGHT.get(image.getexif().get(0x112))
+    except Exception:  # metadata is no reason to lose pixels
+        return None
+
+
+def upright_size(image):
+    """(height, width) of a PIL image once upright, from its header."""
+    return image.size if turned(image) in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90") else image.size[::-1]
+
+
 def read_image(content):
     """The RGB PIL image in a file's bytes, upright. Raises ValueError for whatever makes it unreadable."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            rgb = to_8_bit(image).convert("RGB")
-            try:
-                method = UPRIGHT.get(image.getexif().get(0x112))
-            except Exception:  # metadata is no reason to lose pixels
-                method = None
+            rgb, method = to_8_bit(image).convert("RGB"), turned(image)
             return rgb.transpose(Image.Transpose[method]) if method else rgb
+    except MemoryError:
+        raise  # no fault of the image's
     except Exception as error:  # damaged files of other kinds make Pillow raise almost anything
         unknown = isinstance(error, PIL.UnidentifiedImageError)  # whose text names an address in memory
         raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
@@ -336,7 +347,7 @@ class ImageFiles(Source):
         said = self.read_json(file).get("labels", "")
         if said is None and self.captions_checksum is None:
             raise ValueError(f"{self.root}: {file} has no labels, so the folders beside it are no classes; make it "
-                             f"labels, or move it elsewhere if they are classes")
+                             f"with labels, or move it elsewhere if they are classes")
         if not isinstance(said, (list, dict)):
             return None
         folder = posixpath.dirname(file)

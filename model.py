@@ -71,7 +71,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label"."""
+    """Embeds class ids y [B] into [B, D]. With a dropout probability the table has one more row, "no label"; to
+    drop labels to it is the caller's task, as in train.py."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -373,8 +374,9 @@ class DiffusionTransformer(nn.Module):
 
 
 class SiT(DiffusionTransformer):
-    """The class-conditional network. learn_sigma: the original SiT checkpoints' shapes, 2C output
-    channels of which the first C are the velocity."""
+    """The class-conditional network. class_dropout_prob: above 0, there is a "no label" to drop labels to,
+    which is the caller's task. learn_sigma: the original SiT checkpoints' shapes, 2C output channels of
+    which the first C are the velocity."""
 
     def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,

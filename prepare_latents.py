@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checks import check_constants, refuse_other
-from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
+from dataset import FORMAT, REMEDY, PreparedDataset, check_webp, new_batch, open_loader
 from images import ImageFiles, PublishedLatents, center_crop, open_source, square_crop
 from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
 from vae import SCALE, load_vae
@@ -469,10 +469,11 @@ def is_finished(folder, settings):
 def main():
     started = time.time()
     check_constants(globals(), {
-        "path": "SOURCE DATA_DIR", "path or None": "CAPTIONS VAE",
+        "path": "SOURCE DATA_DIR", "path or None": "CAPTIONS VAE", "list or None": "SHEET_CLASSES",
         "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
         "whole number from 1": "SHEET_TILE IMAGE_SIZE BATCH_SIZE CHUNK CHECK_IMAGES", "whole number from 0": "WORKERS",
         "number from 0": "CHECK_TOLERANCE"}, CROP=("adm", "square"), VAE_PRECISION=("float32", "bf16"))
+    check_webp()
     folder = Path(DATA_DIR)
     settings = dict(source=str(SOURCE), captions_source=CAPTIONS and str(CAPTIONS), image_size=IMAGE_SIZE, crop=CROP,
                     vae_name=VAE, mirror=MIRROR, vae_precision=VAE_PRECISION if VAE else None)

@@ -51,8 +51,8 @@ def check_launch():
                          f"node, srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 "
                          f"--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 {script}, or unset SLURM_NTASKS")
     if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
-        raise ValueError(f"RANK is set but LOCAL_RANK is not; start with torchrun --nproc_per_node=8 {script}, or unset "
-                         f"RANK and WORLD_SIZE")
+        raise ValueError(f"RANK is set but LOCAL_RANK is not; start with torchrun --nproc_per_node=8 {script}, or "
+                         f"unset RANK and WORLD_SIZE")
 
 
 def join_processes(rank, world, gpu):

@@ -275,7 +275,8 @@ def check_settings():
         "path": "RUN_DIR", "path or None": "CHECKPOINT VAE EMA TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
         "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
         "number from 0": "CFG_SCALE", "two numbers from 0 to 1": "GUIDANCE",
-        "two whole numbers from 0 or None": "GRID", "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"),
+        "two whole numbers from 0 or None": "GRID", "whole numbers from 0 or None": "CLASSES", "list": "COMPARE",
+        "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"),
         SOLVER=("euler", "heun", "adaptive"), CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
     if GUIDANCE[0] > GUIDANCE[1]:
         raise ValueError(f"GUIDANCE {GUIDANCE}: the interval's lower end comes first")
@@ -299,6 +300,8 @@ def read_prompts():
     if not PROMPTS or not are_texts:
         raise ValueError(f"PROMPTS {PROMPTS!r}: this model draws from text; set it to a list of "
                          "texts, none of them empty, or to a prepared folder with captions")
+    if any("\ud800" <= letter <= "\udfff" for each in PROMPTS for letter in each):
+        raise ValueError(f"PROMPTS {PROMPTS!r}: has half a character (a lone surrogate), which no file can hold")
     return [" ".join(each.split()) for each in PROMPTS]
 
 

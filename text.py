@@ -42,6 +42,8 @@ class TextEncoder(nn.Module):
             self.length = min(length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
             self.dim, self.layers, self.pad = config.hidden_size, config.num_hidden_layers, tokenizer.pad_token_id
             self.masked = config.model_type != "clip_text_model" and "attention_mask" in tokenizer.model_input_names
+            if getattr(config, "is_encoder_decoder", False):
+                network = network.get_encoder()
             self.network = network.eval().requires_grad_(False)
             found = self(self.tokenize([""])).shape
         except Exception as error:  # the hub, the network stack, tokenizers and each model raise their own
@@ -80,7 +82,10 @@ class CaptionTable:
         self.null, self.encoder = len(captions), encoder
         parameter = next(encoder.parameters())
         self.rows = torch.tensor([numbers[caption] for caption in (*captions, "")], device=parameter.device)
-        self.ids = encoder.tokenize(list(numbers)).to(parameter.device, torch.int32)
+        distinct = list(numbers)
+        self.ids = torch.empty(len(distinct), encoder.length, dtype=torch.int32, device=parameter.device)
+        for i in range(0, len(distinct), 1024):  # at once they would take ten times their ids' memory
+            self.ids[i : i + 1024] = encoder.tokenize(distinct[i : i + 1024])
         self.table = None
         if self.ids.numel() * encoder.dim * parameter.itemsize <= gib * 2**30:
             self.table, self.encoder = torch.cat([encoder(some.long()) for some in self.ids.split(256)]), None

@@ -10,6 +10,7 @@ The constants below are the paper's ImageNet 256x256 run. The same command again
 
 import gc
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -171,14 +172,29 @@ def open_batches(data, steps, rank, world, device):
     return ([part if part is None else part.to(device, non_blocking=True) for part in batch] for batch in loader)
 
 
-def draw_noise(step, shape, rank, world, device, stream=1):
-    """The step's draws: posterior noise and noise [B, C, h, w], times and label-dropping draws [B] in 0..1. Each rank
-    takes its part of the whole global batch's: the number of GPUs changes nothing. (Their model may.)"""
-    generator = torch.Generator(device).manual_seed(seed_from(SEED, stream, step))
-    part = part_of(rank, world)
-    normal = torch.randn(2, BATCH_SIZE, *shape, generator=generator, device=device)[:, part]
-    uniform = torch.rand(2, BATCH_SIZE, generator=generator, device=device)[:, part]
-    return normal[0], NOISE_SCALE * normal[1], *uniform
+def drawn_whole(shape, of_pixels):
+    """Whether each rank draws the noise of the whole global batch: of latents, and of pixels where it is small."""
+    return not of_pixels or 2 * BATCH_SIZE * math.prod(shape) <= 2**24
+
+
+def draw_noise(step, shape, rank, world, device, stream=1, of_pixels=False):
+    """The step's draws: posterior noise (None of large pixels) and noise [B, C, h, w], times and label-dropping draws,
+    both [B] in 0..1. Each rank takes its part of the whole batch's, or draws its blocks of 16 images, each with a seed
+    of its own: the number of GPUs changes nothing. (Their model may.)"""
+    part, seed = part_of(rank, world), (SEED, stream, step)
+    generator = torch.Generator(device).manual_seed(seed_from(*seed))
+    options = dict(generator=generator, device=device)
+    if drawn_whole(shape, of_pixels):
+        posterior_noise, noise = torch.randn(2, BATCH_SIZE, *shape, **options)[:, part]
+        uniform = torch.rand(2, BATCH_SIZE, **options)[:, part]
+    else:
+        posterior_noise, uniform = None, torch.rand(2, BATCH_SIZE, **options)[:, part]
+        blocks, first = [], part.start // 16
+        for block in range(first, math.ceil(part.stop / 16)):
+            generator.manual_seed(seed_from(*seed, block))
+            blocks.append(torch.randn(16, *shape, **options))
+        noise = torch.cat(blocks)[part.start - 16 * first : part.stop - 16 * first]
+    return posterior_noise, NOISE_SCALE * noise, *uniform
 
 
 def spread_times(u):
@@ -302,7 +318,7 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
 
     def gradient(time, aligned):
         for step, (moments, labels, images) in zip(steps, batches):
-            posterior_noise, noise, _, _ = draw_noise(step, data.shape, rank, world, device, stream=2)
+            posterior_noise, noise, _, _ = draw_noise(step, data.shape, rank, world, device, 2, data.vae is None)
             x = sample_latents(moments, posterior_noise, data.vae)
             t = torch.full_like(x[:, 0, 0, 0], time)
             for i in range(MICRO_BATCHES):
@@ -437,7 +453,9 @@ def main():
             checkpoint.append(run / "log.txt", text)
 
     micro = BATCH_SIZE // world // MICRO_BATCHES
-    memory = costs.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision, device)
+    drawn = BATCH_SIZE if drawn_whole(data.shape, data.vae is None) else BATCH_SIZE // world  # images of two noises
+    memory = costs.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision, device,
+                                noise=8 * drawn * math.prod(data.shape))
     peak_rate = world * costs.matrix_rate(device, precision)
     flops = costs.flops_per_image(model, teacher, captions)
     log(f"{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
@@ -480,7 +498,7 @@ def main():
 
         # ----- the training step ------------------------------------------------------------------
         moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
-        posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device)
+        posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device, 1, data.vae is None)
         x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
         t, y = times_of(t), torch.where(drop < LABEL_DROPOUT, null, labels)
 
