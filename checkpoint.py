@@ -29,14 +29,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checks import told_apart
+from checks import NETWORKS, differ, names_alone, same, told_apart, weights_checksum
 from model import MODELS, make_network
 from runtime import lock_folder, opened, remove_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
 # what runs were made with before there were these settings
-NETWORKS = ("TEACHER", "TEXT_ENCODER")  # constants that say where one lies
 EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)
 
 
@@ -53,26 +52,6 @@ def describe(constants, data, sit):
     sums["data"] = zlib.crc32(json.dumps(data.meta["chunks"]).encode()) if "chunks" in data.meta else None
     # through JSON and back, so that it compares equal to what was read from a file
     return json.loads(json.dumps(dict(own, sit=sit, data=described, checksums=sums, versions=versions), default=str))
-
-
-def weights_checksum(place):
-    """Of a network's file, or of those in its folder; None of a name."""
-    path = Path(place)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(np.memmap(file, mode="r"))
-    return digest.hexdigest() if files else None
-
-
-def names_alone(settings):
-    """The settings without the paths of this machine, for a file that others get: each is its last part."""
-    if isinstance(settings, dict):
-        return {key: names_alone(value) for key, value in settings.items()}
-    if isinstance(settings, list):
-        return [names_alone(value) for value in settings]
-    is_path = isinstance(settings, str) and (os.path.isabs(settings) or os.path.exists(settings))
-    return os.path.basename(settings.rstrip("/")) if is_path else settings
 
 
 def step_of(folder):
@@ -95,10 +74,6 @@ def run_state(model, optimizer, ema, meters):
             state[f"optimizer.{name}.{key}"] = value
     state.update({f"ema.{name}": value for name, value in ema.items()})
     return dict(state, meters=meters)
-
-
-def whole_size(tensor):
-    return tensor.numel() * tensor.element_size()
 
 
 def whole(tensor):
@@ -132,7 +107,7 @@ def save(run, settings, progress, state, ema, keep_last, keep_every):
         free = shutil.disk_usage(run).free
         if ema:
             shutil.rmtree(unfinished, ignore_errors=True)
-        if free < sum(whole_size(tensor) for tensor in state.values()):
+        if free < sum(tensor.numel() * tensor.element_size() for tensor in state.values()):
             return f"the disk is full: {free / 2**20:,.0f} MiB are free"
         return str(error).strip().splitlines()[-1]
     if ema:
@@ -140,7 +115,7 @@ def save(run, settings, progress, state, ema, keep_last, keep_every):
 
 
 def tidy(run, newest, keep_last, keep_every):
-    """Removes old checkpoints, and makes the newest's EMA the run's. What fails here is said, and stops nothing."""
+    """Removes old checkpoints, and makes the newest's EMA the run's. What fails here is said, no more."""
     for old in finished(run)[: -max(keep_last, 1)]:
         if not keep_every or step_of(old) % keep_every:
             remove_folder(old)
@@ -175,21 +150,6 @@ def find(run, settings, frozen):
         told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)
         raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")
     return newest, dict(progress, settings=saved)
-
-
-def same(saved, settings, name):
-    """Whether the checksum of a network or of the data says that it is the same; None where it does not say."""
-    before, now = (each.get("checksums", {}).get(name) for each in (saved, settings))
-    return None if before is None or now is None else before == now
-
-
-def differ(key, saved, settings):
-    """Whether a setting is another than it was; of a network in a file or folder its weights say so, not its place."""
-    before, now = saved.get(key, settings[key]), settings[key]  # an older version's run need not have it
-    if key not in NETWORKS:
-        return before != now
-    known = same(saved, settings, key)
-    return os.path.realpath(before) != os.path.realpath(now) if known is None else not known
 
 
 def load(folder, state):
@@ -311,13 +271,12 @@ def read_weights(path, average):
 
 
 def with_places(settings, folder):
-    """A header's settings, with the places of VAE and text encoder where the run's folder still says them."""
+    """A header's settings, or the run's folder's around it, which say where VAE and text encoder lie."""
     for file in (folder / "settings.json", folder / "progress.json"):
         if settings and file.exists():
             known = json.loads(file.read_text())
             known = known.get("settings", known)
-            if names_alone(known["data"]) == names_alone(settings["data"]):
-                settings = dict(settings, data=known["data"], TEXT_ENCODER=known.get("TEXT_ENCODER"))
+            settings = known if known["sit"] == settings["sit"] else settings
     return settings
 
 

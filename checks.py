@@ -1,10 +1,16 @@
-"""What every script refuses before any work: constants that are not allowed, folders made with other ones."""
+"""What scripts refuse before any work: constants that are not allowed, folders made with other ones or of other data
+and networks, which are known by their checksums, wherever they lie."""
 
+import hashlib
 import numbers
 import os
 import re
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+NETWORKS = ("TEACHER", "TEXT_ENCODER")  # constants that say where a network lies
 
 
 def check_constants(constants, rules, **choices):
@@ -73,3 +79,60 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
     if differing:
         raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
                          f"set them back, choose another {constant} or delete the folder")
+
+
+def are_pairs(values):
+    """Whether a constant is a list of pairs."""
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(each, (list, tuple)) and len(each) == 2 for each in values)
+
+
+def check_webp():
+    """Raises ValueError where Pillow cannot write and read WebP, in which images are packed."""
+    Image.init()
+    if "WEBP" not in Image.SAVE or "WEBP" not in Image.OPEN:
+        raise ValueError("this Pillow knows no WebP, in which images are packed; install one that does: pip install "
+                         "--force-reinstall pillow")
+
+
+def weights_checksum(place):
+    """Of a network's file, or of those in its folder; None of a name."""
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(np.memmap(file, mode="r"))
+    return digest.hexdigest() if files else None
+
+
+def names_alone(settings):
+    """The settings without the paths of this machine, for a file that others get: each is its last part."""
+    if isinstance(settings, dict):
+        return {key: names_alone(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [names_alone(value) for value in settings]
+    is_path = isinstance(settings, str) and (os.path.isabs(settings) or os.path.exists(settings))
+    return os.path.basename(settings.rstrip("/")) if is_path else settings
+
+
+def same(saved, settings, name):
+    """Whether the checksum of a network or of the data says that it is the same; None where it does not say."""
+    before, now = (each.get("checksums", {}).get(name) for each in (saved, settings))
+    return None if before is None or now is None else before == now
+
+
+def differ(key, saved, settings):
+    """Whether a setting is another than it was; of a network in a file or folder its weights say so, not its place."""
+    before, now = saved.get(key, settings[key]), settings[key]  # an older version's run need not have it
+    if key not in NETWORKS:
+        return before != now
+    known = same(saved, settings, key)
+    return os.path.realpath(before) != os.path.realpath(now) if known is None else not known
+
+
+def too_short_for_ema(steps, decay):
+    """The line that says so, "" where a run is long enough for its EMA to forget the first weights."""
+    if steps >= 3 / (1 - decay):
+        return ""
+    return (f"STEPS {steps:,}: EMA_DECAY {decay} averages over more steps, so that samples still show the first "
+            f"weights' noise; {max(0, 1 - 3 / max(steps, 3)):.3g} fits")

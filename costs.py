@@ -30,13 +30,14 @@ def flops_per_image(model, teacher, captions=None):
 
 
 def check_memory(model, teacher, captions, share, parts, shards, precision, device, noise=0):
-    """Bytes that a process needs at most for its share of a batch in `parts` micro-batches,
-    estimated: PyTorch allocated 0.99 to 1.09 of them.
+    """Bytes that a process needs at most for its share of a batch in `parts` micro-batches, estimated:
+    PyTorch allocated 0.99 to 1.09 of them.
 
     Each weight has 4 bytes, 8 of AdamW, 4 of the EMA, and whole once more its copy for the products
     and, of several MICRO_BATCHES, the gradient so far. The backward pass keeps 37 bytes of each
     value of each block's tokens, JiT's 48; in phase I both attentions, two layers of the projector
-    and the features too. noise: bytes of what a step draws. Raises ValueError if the GPU has less, with the MICRO_BATCHES that fit.
+    and the features too. noise: bytes that a step draws. Raises ValueError if the GPU has less, with
+    the MICRO_BATCHES that fit.
     """
     weights = sum(p.numel() for p in model.parameters())
     fixed = noise + weights * (16 / shards + precision.itemsize) + (captions.cost()[0] if captions else 0)

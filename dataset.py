@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
+from checks import check_webp
 from runtime import STOP_SIGNALS
 
 FORMAT = 1  # of the prepared folder
@@ -122,14 +123,6 @@ class PreparedDataset:
         if flip.any():
             moments[flip] = torch.from_numpy(self.mirrored[rows[flip]])
         return moments, labels, images
-
-
-def check_webp():
-    """Raises ValueError where Pillow cannot write and read WebP, in which images are packed."""
-    Image.init()
-    if "WEBP" not in Image.SAVE or "WEBP" not in Image.OPEN:
-        raise ValueError("this Pillow knows no WebP, in which images are packed; install one that does: pip install "
-                         "--force-reinstall pillow")
 
 
 def read_meta(folder):

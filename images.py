@@ -14,14 +14,15 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import PIL
 from PIL import Image
 
-from archives import GONE, check_shards, is_hidden, list_files, list_folder, normal, read_place
+from archives import GONE, is_hidden, list_files, list_folder, normal, read_place
+from labels import are_shards, check_no_splits, clean, folders_in, is_label, match_names, read_coco, texts_of, tree_root
 
 Image.MAX_IMAGE_PIXELS = None  # the user's own: a large one is no attack
 
@@ -101,91 +102,7 @@ def read_image(content):
         raise ValueError(f"unreadable image ({'of no known format' if unknown else error})") from error
 
 
-# ----- names, labels and captions -----------------------------------------------------------------
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val",
-              test="test", testing="test", eval="test")
-
-
-def split_in(name):
-    """(the part of a data set that a file's or folder's name says, or None; the other words of the name)."""
-    words = re.findall("[a-z]+", posixpath.splitext(name)[0].lower())
-    splits = [SPLITS[word] for word in words if word in SPLITS]
-    others = [word for word in words if word not in SPLITS and word not in ("set", "split", "data", "images")]
-    return splits[0] if splits else None, others
-
-
-def check_no_splits(root, names):
-    """Raises ValueError where the names, of folders or tars, are those of a data set's parts."""
-    found = {name: split_in(name) for name in sorted(names)}
-    splits = {split for split, _ in found.values()}
-    same = all(others == next(iter(found.values()))[1] for _, others in found.values())
-    alone = len(found) == 1 and not split_in(*found)[1]  # of a folder that is called "train" and no more
-    if None in splits or not same or (len(splits) < 2 and not alone):
-        return
-    training = next((name for name in found if found[name][0] == "train"), next(iter(found)))
-    raise ValueError(f"{root}: {', '.join(found)} are parts of a data set, no classes; set SOURCE "
-                     f"to {Path(root, training)}")
-
-
-def clean(captions):
-    """Those with text, each on one line: runs of white space, control characters and lone surrogates become a blank."""
-    captions = [re.sub(r"[\s\0-\x1f\x7f-\x9f\ud800-\udfff]+", " ", caption).strip() for caption in captions]
-    return [caption for caption in captions if caption]
-
-
-def texts_of(said):
-    """The captions in what a file or column says: a str, or a list of str. Raises ValueError for anything else."""
-    said = [said] if isinstance(said, str) else [] if said is None else said
-    if not isinstance(said, (list, tuple)) or not all(isinstance(each, str) for each in said):
-        raise ValueError(f"a caption that is no text: {str(said)[:60]}")
-    return clean(said)
-
-
-def read_coco(path):
-    """(checksum, {image's file name: captions}) of COCO's annotations, images by id, captions in the file's order; of
-    two entries of one file the captions of both. What is no text is no caption."""
-    captions, of_file = defaultdict(list), defaultdict(list)
-    try:
-        content = Path(path).read_bytes()
-        said = json.loads(content)
-        for annotation in said["annotations"]:
-            if isinstance(annotation["caption"], str):
-                captions[annotation["image_id"]].append(annotation["caption"])
-        for image in sorted(said["images"], key=lambda image: image["id"]):
-            of_file[normal(image["file_name"])] += clean(captions[image["id"]])
-        return zlib.crc32(content), dict(of_file)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: missing, damaged or of another kind ({error!r}); set CAPTIONS "
-                         "to COCO's captions_*.json") from error
-
-
-def match_names(wanted, names, said_by):
-    """{each wanted name: the one of `names` whose path agrees with it longest from its end, or
-    None}. Raises ValueError where two agree as long. said_by: the file that wants them."""
-    by_base = defaultdict(list)
-    for name in names:
-        by_base[posixpath.basename(normal(name))].append(name)
-
-    def agreement(file, name):
-        pairs = zip(reversed(file.split("/")), reversed(normal(name).split("/")))
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(file.count("/"), name.count("/")) + 1)
-
-    found, taken = {}, {}
-    for file in wanted:
-        ranked = sorted(by_base[posixpath.basename(file)], key=lambda name: agreement(file, name), reverse=True)
-        if len(ranked) > 1 and agreement(file, ranked[0]) == agreement(file, ranked[1]):
-            raise ValueError(f"{said_by}: {file} may be {ranked[0]} or {ranked[1]}; name it there with its folder")
-        found[file] = ranked[0] if ranked else None
-        if ranked:
-            taken.setdefault(ranked[0], []).append(file)
-    for name, files in taken.items():  # of two that want one image the nearer gets it
-        files.sort(key=lambda file: agreement(file, name), reverse=True)
-        if len(files) > 1 and agreement(files[0], name) == agreement(files[1], name):
-            raise ValueError(f"{said_by}: {files[0]} and {files[1]} may both be {name}; keep the folders apart")
-        found.update({file: None for file in files[1:]})
-    return found
-
-
+# ----- folders and archives -----------------------------------------------------------------------
 class Source:
     """What sources have that do not say otherwise."""
 
@@ -407,15 +324,13 @@ class ImageFiles(Source):
 
     def no_images(self, names):
         """The ValueError for a source without images of a class or with captions: what was found in their place."""
-        kinds = Counter(posixpath.splitext(name)[1].lower() or name for name in self.listed.keys() - {*names}
-                        if name[-1] != "/" and not is_hidden(name))
-        found = [f"{len(names):,} images in no folder of a class"] * bool(names)
-        found += [f"{self.texts_found:,} of them with captions"] * bool(names and self.texts_found)
+        others = [name for name in self.listed.keys() - {*names} if name[-1] != "/" and not is_hidden(name)]
+        kinds = Counter(posixpath.splitext(name)[1].lower() or name for name in others)
+        found = [f"{len(names):,} images in no folder of a class, {self.texts_found:,} with captions"] * bool(names)
         found += [f"{count:,} {kind} files" for kind, count in kinds.most_common(4)]
-        hints = [HINTS[kind] for kind in kinds if kind in HINTS]
-        return ValueError(f"{self.root}: no images found; SOURCE must hold one folder of images "
-                          "per class, or images most of which have captions in a .txt or .json of "
-                          f"their name. Found: {'; '.join([*found, *hints]) or 'nothing'}")
+        return ValueError(f"{self.root}: no images found; SOURCE must hold one folder of images per class, or images "
+                          f"most of which have a .txt or .json of their name with captions, or be the folder of "
+                          f"uncompressed tars or of parquet files itself. Found: {'; '.join(found) or 'nothing'}")
 
     # reading
 
@@ -440,136 +355,12 @@ class ImageFiles(Source):
         return read_image(content)
 
 
-HINTS = {".gz": "gunzip .tar.gz to .tar", ".caption": "rename .caption to .txt",
-         ".jsonl": "write the captions of a metadata.jsonl into a .txt of each image's name",
-         ".parquet": "set SOURCE to the folder of the parquet files itself"}
-
-
-def is_label(said):
-    return isinstance(said, int) and not isinstance(said, bool)
-
-
-def are_shards(tars, names):
-    """Whether tars are numbered parts of one set: their names differ in digits alone, and do not
-    begin the names of the images in them, as ImageNet's classes' do."""
-    numbered = len(tars) > 1 and len({re.sub(r"\d", "", tar) for tar in tars}) == 1
-    return numbered and not all(posixpath.basename(name).startswith(posixpath.basename(posixpath.dirname(name)))
-                                for name in names)
-
-
-def folders_in(names, top):
-    """Names of the folders right below `top` that the names lie in."""
-    return {name[len(top):].split("/")[0] for name in names if "/" in name[len(top):]}
-
-
-def tree_root(names, top, captioned):
-    """The deepest folder that all images share, where class folders lie: an archive may hold the
-    tree's root too. Without captions the last folder above the images is a class."""
-    while len(shared := folders_in(names, top)) == 1:
-        if any(name.count("/", len(top)) <= (not captioned) for name in names):
-            break
-        top += f"{shared.pop()}/"
-    return top
-
-
 # ----- other sources ------------------------------------------------------------------------------
-class ParquetFiles(Source):
-    """The images of parquet files as the Hugging Face hub serves them: one file, or a folder of those of one split.
-    Needs pyarrow. The column of images is the metadata's, or the one of structs with "bytes", or of bytes; a
-    ClassLabel, or whole numbers called "label", are the labels; texts, the captions."""
-
-    def __init__(self, root):
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError(f"{root}: parquet files are read with pyarrow; pip install pyarrow") from error
-        files = sorted(path for path in root.glob("*.parquet") if not is_hidden(path.name)) if root.is_dir() else [root]
-        splits = {path.name.split("-")[0] for path in files}
-        if len(splits) > 1:
-            raise ValueError(f"{root}: files of {', '.join(sorted(splits))}; set SOURCE to a folder with one of these")
-        check_shards(path.name for path in files)
-        tables, columns = [], []
-        for path in files:
-            try:
-                tables.append(parquet.ParquetFile(path))
-                columns.append(find_columns(tables[-1].schema_arrow, pyarrow.types))
-            except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: damaged, or no images with labels or captions as in the "
-                                 f"hub's parquet files ({error})") from error
-        self.image, self.label, self.text, self.classes = columns[0]
-        for path, found in zip(files, columns):
-            if found != columns[0]:
-                raise ValueError(f"{path}: has other columns or class names than {files[0]}; set "
-                                 "SOURCE to a folder of files of one kind")
-        self.groups = [(path, group) for path, file in zip(files, tables) for group in range(file.num_row_groups)]
-        rows = [file.metadata.row_group(group).num_rows for file in tables for group in range(file.num_row_groups)]
-        self.ends, self.open = np.cumsum(rows), (None, None)
-        self.labels = self.unlabelled = np.zeros(self.ends[-1], int)
-        if self.label:
-            labels = pyarrow.chunked_array([chunk for file in tables for chunk in file.read([self.label])[0].chunks])
-            self.unlabelled, self.labels = labels.is_null().to_numpy(), labels.fill_null(0).to_numpy().astype(int)
-            self.classes = self.classes or [str(label) for label in range(self.labels.max() + 1)]
-        self.captions_checksum = 0 if self.text else None
-        self.fingerprint = zlib.crc32(self.labels.tobytes())
-
-    def name(self, i):
-        return f"{self.groups[np.searchsorted(self.ends, i, 'right')][0]}, row {i} of all"
-
-    def row(self, i):
-        """{column: value} of an image."""
-        from pyarrow import parquet
-        group = int(np.searchsorted(self.ends, i, "right"))
-        if self.open[0] != group:  # images are asked for in order, and a group holds a hundred
-            path, number = self.groups[group]
-            columns = [name for name in (self.image, self.text) if name]
-            self.open = group, parquet.ParquetFile(path).read_row_group(number, columns, use_threads=False)
-        return self.open[1].slice(int(i - self.ends[group]) + len(self.open[1]), 1).to_pylist()[0]
-
-    def captions(self, i):
-        captions = texts_of(self.row(i)[self.text])
-        if not captions:
-            raise ValueError("no caption")
-        return captions
-
-    def __getitem__(self, i):
-        if self.unlabelled[i]:
-            raise ValueError("no label")
-        said = self.row(i)[self.image]
-        content = said.get("bytes") if isinstance(said, dict) else said
-        if content is None:
-            raise ValueError("unreadable image (there are no bytes of it)")
-        return read_image(content)
-
-
-def find_columns(schema, types):
-    """(column of images, of labels or None, of captions or None, class names or None) of a parquet file's schema."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
-
-    def first(of_features, of_types):
-        named = [name for name, feature in features.items() if isinstance(feature, dict) and of_features(feature)]
-        return (named or [field.name for field in schema if of_types(field.name, field.type)] or [None])[0]
-
-    image = first(lambda feature: feature.get("_type") == "Image",
-                  lambda name, kind: types.is_binary(kind) or types.is_large_binary(kind) or (
-                      types.is_struct(kind) and kind.get_field_index("bytes") >= 0))
-    label = first(lambda feature: feature.get("_type") == "ClassLabel",
-                  lambda name, kind: name in ("label", "labels") and types.is_integer(kind))
-    is_text = lambda kind: types.is_string(kind) or types.is_large_string(kind)
-    text = first(lambda feature: False, lambda name, kind: name in ("caption", "captions", "text", "prompt") and (
-        is_text(kind) or (types.is_list(kind) and is_text(kind.value_type))))
-    if image is None or (label is None and text is None):
-        raise ValueError(f"columns {', '.join(schema.names)}")
-    classes = features.get(label, {}).get("names") if label else ["all"]
-    return image, label, text, classes
-
-
 class SpriteSheet(Source):
     """One image of square tiles of `tile` pixels; each class has the same number of whole rows.
     classes: their names in order; None: one class, "all"."""
 
-    def __init__(self, path, tile, classes):
+    def __init__(self, path, tile=28, classes=None):
         try:
             sheet = Image.open(path)
             sheet.load()
@@ -652,6 +443,7 @@ def open_source(path, captions=None, tile=28, classes=None):
         return PublishedLatents(path)
     has = lambda pattern: any(not is_hidden(each.name) for each in path.glob(pattern))
     if path.suffix == ".parquet" or has("*.parquet") and not has("*.tar"):  # beside tars they are img2dataset's tables
+        from tables import ParquetFiles  # which is built on what is here
         return ParquetFiles(path)
     if path.is_dir() or zipfile.is_zipfile(outer) or tarfile.is_tarfile(outer):
         inner = "" if outer == path else path.relative_to(outer).as_posix()

@@ -37,8 +37,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checks import check_constants, refuse_other
-from dataset import FORMAT, REMEDY, PreparedDataset, check_webp, new_batch, open_loader
+from checks import check_constants, check_webp, refuse_other
+from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
 from images import ImageFiles, PublishedLatents, center_crop, open_source, square_crop
 from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
 from vae import SCALE, load_vae

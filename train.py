@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 import costs
-from checks import check_constants
+from checks import are_pairs, check_constants, too_short_for_ema
 from dataset import PreparedDataset, open_loader
 from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
 from model import MODELS, interpolate, make_network
@@ -186,15 +186,13 @@ def draw_noise(step, shape, rank, world, device, stream=1, of_pixels=False):
     options = dict(generator=generator, device=device)
     if drawn_whole(shape, of_pixels):
         posterior_noise, noise = torch.randn(2, BATCH_SIZE, *shape, **options)[:, part]
-        uniform = torch.rand(2, BATCH_SIZE, **options)[:, part]
-    else:
-        posterior_noise, uniform = None, torch.rand(2, BATCH_SIZE, **options)[:, part]
-        blocks, first = [], part.start // 16
-        for block in range(first, math.ceil(part.stop / 16)):
-            generator.manual_seed(seed_from(*seed, block))
-            blocks.append(torch.randn(16, *shape, **options))
-        noise = torch.cat(blocks)[part.start - 16 * first : part.stop - 16 * first]
-    return posterior_noise, NOISE_SCALE * noise, *uniform
+        return posterior_noise, NOISE_SCALE * noise, *torch.rand(2, BATCH_SIZE, **options)[:, part]
+    uniform = torch.rand(2, BATCH_SIZE, **options)[:, part]
+    blocks, first = [], part.start // 16
+    for block in range(first, math.ceil(part.stop / 16)):
+        generator.manual_seed(seed_from(*seed, block))
+        blocks.append(torch.randn(16, *shape, **options))
+    return None, NOISE_SCALE * torch.cat(blocks)[part.start - 16 * first : part.stop - 16 * first], *uniform
 
 
 def spread_times(u):
@@ -255,12 +253,6 @@ def clip_gradients(shards, group):
 
 
 # ----- settings, and a measurement beside the training step ---------------------------------------
-def are_pairs(values):
-    """Whether a constant is a list of pairs."""
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(each, (list, tuple)) and len(each) == 2 for each in values)
-
-
 def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
@@ -362,15 +354,6 @@ def network_arguments(data):
     return network
 
 
-def load_preview_vae(vae_meta):
-    """The VAE for previews; with a ValueError that says how to do without."""
-    try:
-        return load_vae(vae_meta["name"])[0]
-    except ValueError as error:
-        raise ValueError(f"{error}; or, as it is for previews alone, set PREVIEW_EVERY = 0, or write where it lies now "
-                         f"into {DATA_DIR}/meta.json") from error
-
-
 @ends_in_one_line
 def main():
     # processes and precision
@@ -414,7 +397,7 @@ def main():
         teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
         if FEATURE_WEIGHT:
             network["teacher_dim"] = teacher.dim
-    vae = load_preview_vae(data.vae).to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
+    vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
@@ -464,11 +447,9 @@ def main():
 
     if prolonged:
         log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
-    short = ""
-    if STEPS < 3 / (1 - EMA_DECAY):
-        short = (f"; EMA_DECAY {EMA_DECAY} averages over more steps, so that samples still show the first weights' "
-                 f"noise: {max(0, 1 - 3 / max(STEPS, 3)):.3g} fits")
-        log(f"STEPS {STEPS:,}{short}")
+    too_short = too_short_for_ema(STEPS, EMA_DECAY)
+    if too_short:
+        log(too_short)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     gc.freeze()
@@ -597,7 +578,7 @@ def main():
     if stopped_by:
         log(f"step {step:,}: stopped by a signal and saved; the same command resumes")
         sys.exit(exit_status(stopped_by))
-    log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py{short}")
+    log(f"step {step:,}: done; raise STEPS to train on, or draw samples with sample.py{too_short and f'. {too_short}'}")
 
 
 if __name__ == "__main__":

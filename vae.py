@@ -189,7 +189,8 @@ def load_vae(name):
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors; a malformed name is a ValueError
             raise ValueError(f"VAE {name!r} is no local file or folder and could not be fetched from the Hugging Face "
                              f"hub ({type(error).__name__}); check the name and the connection, or set VAE to a folder "
-                             f"with config.json and diffusion_pytorch_model.safetensors") from error
+                             f"with config.json and diffusion_pytorch_model.safetensors; train.py, which needs it for "
+                             f"previews alone, does without with PREVIEW_EVERY = 0") from error
     try:
         config = json.loads(config_file.read_text()) if config_file.exists() else {}
         vae = AutoencoderKL(config.get("block_out_channels", (128, 256, 512, 512)), config.get("latent_channels", 4),
