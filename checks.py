@@ -132,7 +132,7 @@ def differ(key, saved, settings):
 
 def too_short_for_ema(steps, decay):
     """The line that says so, "" where a run is long enough for its EMA to forget the first weights."""
-    if steps >= 3 / (1 - decay):
+    if not decay or steps >= round(3 / (1 - decay)):
         return ""
     return (f"STEPS {steps:,}: EMA_DECAY {decay} averages over more steps, so that samples still show the first "
             f"weights' noise; {max(0, 1 - 3 / max(steps, 3)):.3g} fits")

@@ -328,7 +328,7 @@ def judge(plan, records, kept, rank, wait_for_all):
             listed = "".join(f"{name}: {reason}\n" for name, reason in reasons.items())
             file.write_bytes(os.fsencode(listed))  # names need not be UTF-8
     wait_for_all()
-    unreadable = len(reasons) - plan.removed.sum()
+    unreadable = len(reasons) - int(plan.removed.sum())
     if not kept.any() or unreadable and not (LEAVE_OUT_UNREADABLE or plan.moving):
         unlabelled = list(reasons.values()).count("no label")
         faults = ["could not be read"] * (unlabelled < unreadable) + ["have no label"] * (unlabelled > 0)

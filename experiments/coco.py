@@ -1,13 +1,16 @@
 """The paper's text-to-image run: MS-COCO 2014 at 256 x 256, an MMDiT with HASTE, stopped at 200,000 of 250,000 steps.
 
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/coco.py prepare    # or python, on one GPU
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/coco.py train
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/coco.py sample
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/coco.py fid
+    torchrun --nproc_per_node=8 -m experiments.coco prepare    # or python, on one GPU
+    torchrun --nproc_per_node=8 -m experiments.coco train
+    torchrun --nproc_per_node=8 -m experiments.coco sample
+    torchrun --nproc_per_node=8 -m experiments.coco fid
 
 In DATA lie, from https://cocodataset.org, train2014.zip and val2014.zip as they are (read in place), and what
 annotations_trainval2014.zip holds. The text encoder, OpenAI's CLIP ViT-L/14, is fetched from the hub.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.coco")
 
 import sys
 
@@ -15,6 +18,7 @@ import fid
 import prepare_latents
 import sample
 import train
+from runtime import run_script
 
 DATA = "data/coco"
 RUN = "runs/haste-coco"
@@ -57,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

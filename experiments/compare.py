@@ -1,11 +1,14 @@
 """Plain SiT, REPA and HASTE side by side on Fashion-MNIST: the same seeds, noise and data order, judged as they train.
 
     apt-get install dataset-fashion-mnist                     # Debian; or put the four .gz files into IDX_DIR
-    PYTHONPATH=. python experiments/compare.py
+    python -m experiments.compare
 
 One row per run, seed and step in RESULTS. Stopped or killed, the same command goes on; with other settings, delete OUT.
 draw.py makes figure and tables of the rows.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.compare")
 
 import csv
 import importlib
@@ -21,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fashion_mnist_networks
 import fid
 import model
 import prepare_latents
 import sample
 import train
+from experiments import fashion_mnist_networks
+from runtime import ends_in_one_line, run_script, write_atomically
 
 HERE = Path(__file__).parent
 SOURCE = None  # None: all 60,000 images; "data/fashion_mnist.png": the 10,000 that come with the project
@@ -56,24 +60,29 @@ def data_dir():
 def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
     model.MODELS["student"] = dict(model.MODELS["SiT-T/4"], **STUDENT)
-    train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = data_dir(), str(folder), 0, seed
+    train.DATA_DIR, train.RUN_DIR = data_dir(), str(folder)
+    train.WORKERS, train.COMPILE = 0, False
+    train.SEED = seed
     train.MODEL, train.TEACHER = "student", "data/teacher.safetensors"
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(2, 2), (3, 3)], 4
     train.FEATURE_WEIGHT = train.ATTENTION_WEIGHT = 0.5
-    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 32  # aligned to the end
-    train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 10, 500, 1, 0
-    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 500, 500, 256
+    train.ALIGN_STEPS = 1_000_000  # aligned to the end
+    train.BATCH_SIZE, train.LEARNING_RATE, train.EMA_DECAY = 32, 3e-3, 0.99
+    train.LOG_EVERY, train.PREVIEW_EVERY = 10, 0
+    train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.KEEP_EVERY = 500, 1, 0
+    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 500, 500, 256
     for name, value in changes.items():
         setattr(train, name, value)
     sample.RUN_DIR, sample.NUM_SAMPLES, sample.BATCH_SIZE = str(folder), IMAGES, 100
-    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.PRECISION = "ode", 20, 1.0, "float32"
     sample.CLASS_SAMPLING, sample.GRID = "balanced", (10, 1)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE = "ode", 20, 1.0
+    sample.PRECISION = "float32"
 
 
 def judge(samples, out):
     """Distance, precision and recall in the judge's features and the distance in the teacher's, of images."""
-    fid.SAMPLES, fid.REFERENCE, fid.BATCH_SIZE, fid.WORKERS = str(samples), data_dir(), 250, 0
+    fid.SAMPLES, fid.REFERENCE = str(samples), data_dir()
+    fid.BATCH_SIZE, fid.WORKERS = 250, 0
     measured = {}
     for features in ("judge", "teacher"):
         fid.FEATURES, fid.OUT = f"data/{features}.safetensors", f"{out}-{features}.json"
@@ -83,7 +92,8 @@ def judge(samples, out):
                 teacher_distance=measured["teacher"]["frechet_distance"])
 
 
-SETTINGS, JUDGE, FILES = settings, judge, ()  # other experiments put in their own, and the files with their constants
+SETTINGS, JUDGE = settings, judge  # other experiments put in their own ...
+FILES = ()  # ... and the files whose constants these use, by __name__: of the one that is started it is "__main__"
 
 
 def start_from(before, folder, step):
@@ -109,30 +119,45 @@ def run(name, seed, changes, before=None, stop=0):
         if stop:
             start_from(Path(OUT, before, str(seed)), folder, stop)
         for step in STEPS:
-            result = folder / f"{step}.json"
-            if result.exists() or step <= stop:
-                continue
-            train.STEPS = step
-            train.main()
-            sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
-            sample.OUT = folder / f"samples_{step}"
-            sample.main()
-            row = dict(run=name, seed=seed, step=step, **JUDGE(sample.OUT, folder / f"{step}"))
-            with open(folder / "log.csv", newline="") as file:
-                logged = {int(line["step"]): line for line in csv.DictReader(file)}
-            row["denoising_loss"] = np.mean([float(line["denoising_loss"]) for at, line in logged.items()
-                                             if step - STEPS[0] < at <= step])
-            aligned = {at: line["gradient_cosine"] for at, line in logged.items() if line["phase"] == "1"}
-            row["gradient_cosine"] = aligned.get(step, "")
-            row["conflict_step"] = next((at for at, cosine in aligned.items()  # at which TRIGGER "conflict" stops
-                                         if cosine and float(cosine) < train.CONFLICT_BELOW), "")
-            prepare_latents.write_atomically(result, lambda path: path.write_text(json.dumps(row)))
+            if step > stop and not (folder / f"{step}.json").exists():
+                run_to(step, folder, dict(run=name, seed=seed, step=step))
+
+
+def run_to(step, folder, row):
+    """Trains a run to a step, draws samples there, and writes what is measured of both beside the row's names."""
+    train.STEPS = step
+    train.main()
+    sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
+    sample.OUT = folder / f"samples_{step}"
+    sample.main()
+    row = row | JUDGE(sample.OUT, folder / f"{step}") | logged(folder, step)
+    write_atomically(folder / f"{step}.json", lambda path: path.write_text(json.dumps(row)))
+
+
+def logged(folder, step):
+    """What a run's log says up to a step."""
+    with open(folder / "log.csv", newline="") as file:
+        log = {int(line["step"]): line for line in csv.DictReader(file)}
+    losses = [float(line["denoising_loss"]) for at, line in log.items() if step - STEPS[0] < at <= step]
+    cosines = {at: line["gradient_cosine"] for at, line in log.items() if line["phase"] == "1"}
+    conflicts = (at for at, cosine in cosines.items() if cosine and float(cosine) < train.CONFLICT_BELOW)
+    return dict(denoising_loss=np.mean(losses), gradient_cosine=cosines.get(step, ""),
+                conflict_step=next(conflicts, ""))  # at which TRIGGER "conflict" stops
+
+
+def constants_now():
+    """{file: its constants, as they are now}"""
+    constants = {}
+    for file in (__name__, *FILES):
+        constants[file] = {name: value for name, value in vars(sys.modules[file]).items() if name.isupper()}
+    return constants
 
 
 def run_in_process(constants, *arguments):
-    """run() in a process of its own, with the files' constants as main() found them and its share of the cores."""
-    for name, values in constants.items():
-        vars(importlib.import_module(name)).update(values)
+    """run() in a process of its own, which has read the files anew: with the constants as main() found them, and its
+    share of the cores."""
+    for file, values in constants.items():
+        vars(importlib.import_module(file)).update(values)
     torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
     run(*arguments)
 
@@ -142,25 +167,37 @@ def finished(name, seed):
     return Path(OUT, name, str(seed), f"{STEPS[-1]}.json").exists()
 
 
-def run_all(constants):
+def all_jobs():
+    """[run()'s arguments], seed by seed, first the runs that others begin as."""
+    jobs = []
+    for seed in SEEDS:
+        jobs += [(name, seed, RUNS[name], None, 0) for name in sorted(RUNS, key=lambda name: name not in STOPPED)]
+        for name, (before, stop) in stopped_runs().items():
+            jobs.append((name, seed, RUNS[before] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), before, stop))
+    return jobs
+
+
+def start(job):
+    """The process of a run. Ctrl-C is for us, who pass it on."""
+    process = get_context("spawn").Process(target=run_in_process, args=(constants_now(), *job))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    return process
+
+
+def run_all():
     """All runs, PROCESSES at a time; one that stops begins when the run before is done. A stop lets those that run
     save, then ends the program."""
-    jobs = []
-    for seed in SEEDS:  # seed by seed, first the runs that others begin as
-        jobs += [(name, seed, RUNS[name], None, 0) for name in sorted(RUNS, key=lambda name: name not in STOPPED)]
-        jobs += [(name, seed, RUNS[before] | dict(ALIGN_STEPS=stop, KEEP_EVERY=0), before, stop)
-                 for name, (before, stop) in stopped_runs().items()]
-    jobs, running = [job for job in jobs if not finished(*job[:2])], {}  # running: by the handle that tells a run's end
+    jobs = [job for job in all_jobs() if not finished(*job[:2])]
+    running = {}  # by the handle that tells a run's end
     try:
         while jobs or running:
             for job in jobs[:]:
                 name, seed, _, before, _ = job
                 if len(running) < PROCESSES and (not before or finished(before, seed)):
                     jobs.remove(job)
-                    process = get_context("spawn").Process(target=run_in_process, args=(constants, *job))
-                    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, who pass it on
-                    process.start()
-                    signal.signal(signal.SIGINT, handler)
+                    process = start(job)
                     running[process.sentinel] = process, name, seed
             for handle in connection.wait(running):
                 process, name, seed = running.pop(handle)
@@ -170,9 +207,9 @@ def run_all(constants):
                                      f"says why, and the same command goes on")
                 print(f"{name}, seed {seed}: done", flush=True)
     finally:
-        for process, *_ in running.values():
+        for process, _, _ in running.values():
             process.terminate()
-        for process, *_ in running.values():
+        for process, _, _ in running.values():
             process.join()
 
 
@@ -189,7 +226,7 @@ def prepare():
             prepare_latents.main()
 
 
-@prepare_latents.ends_in_one_line
+@ends_in_one_line
 def main():
     prepare()
     # the floor: as many real images as samples
@@ -201,22 +238,22 @@ def collect(rows):
     # Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
     # tenth of a step (glibc's allocator)
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    run_all({module: {name: value for name, value in vars(sys.modules[module]).items() if name.isupper()}
-             for module in ("compare", *FILES)})
+    run_all()
 
     # until it stops a run is the one before
     for name, (before, stop) in (dict.fromkeys(RUNS, (None, 0)) | stopped_runs()).items():
         for seed in SEEDS:
             for step in STEPS:
-                judged = Path(OUT, before if step <= stop else name, str(seed), f"{step}.json")
-                rows.append(dict(json.loads(judged.read_text()), run=name))
+                judged_as = before if step <= stop else name
+                row = json.loads(Path(OUT, judged_as, str(seed), f"{step}.json").read_text())
+                rows.append(dict(row, run=name))
     with open(RESULTS, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
-        table.writerows({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-                        for row in rows)
+        for row in rows:
+            table.writerow({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
     print(f"{RESULTS}: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

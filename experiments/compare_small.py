@@ -1,15 +1,17 @@
 """compare.py in a reduced form: the 10,000 images that come with the project, 500 steps, one seed.
 
-    PYTHONPATH=. python experiments/compare_small.py
+    python -m experiments.compare_small
 
 Sets its distances beside the committed ones, compare_small.csv: seeds 0, 1, 2 and attention alone, by COMMIT = True.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.compare_small")
+
 from scipy.stats import t as students_t
 
-import compare
-import draw
-from prepare_latents import run_script
+from experiments import compare, draw
+from runtime import run_script
 
 COMMIT = False  # True: three seeds, written over the committed table
 
@@ -29,12 +31,14 @@ def beside(found, committed):
 
 def main():
     compare.SOURCE, compare.OUT = "data/fashion_mnist.png", "out/compare_small"
-    compare.SEEDS, compare.STEPS, compare.STOPS = (0, 1, 2) if COMMIT else (0,), (250, 500), (250,)
+    compare.STEPS, compare.STOPS = (250, 500), (250,)
     compare.RUNS = dict(compare.RUNS, aligned=dict(KEEP_EVERY=250))
-    if not COMMIT:
-        del compare.RUNS["attention"]
     committed = compare.HERE / "compare_small.csv"
-    compare.RESULTS = committed if COMMIT else f"{compare.OUT}/results.csv"
+    if COMMIT:
+        compare.SEEDS, compare.RESULTS = (0, 1, 2), committed
+    else:
+        compare.SEEDS, compare.RESULTS = (0,), f"{compare.OUT}/results.csv"
+        del compare.RUNS["attention"]
     compare.main()
     beside(draw.read(compare.RESULTS)[0], draw.read(committed)[0])
 

@@ -1,9 +1,12 @@
 """Draws what compare.py, late.py, emoji.py and pixels.py measured: distance over steps, tables, what follows from them.
 
-    PYTHONPATH=. python experiments/draw.py       # writes the figures of FIGURES; needs matplotlib
+    python -m experiments.draw       # writes the figures of FIGURES; needs matplotlib
 
 Every figure is the mean over seeds with the spread (lowest to highest) behind it.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.draw")
 
 import csv
 from collections import defaultdict
@@ -62,8 +65,9 @@ def speed_up(runs, haste, seed, step):
     wanted = float(runs[haste][seed][step]["distance"])
     steps = sorted(runs["plain"][seed])
     distances = [float(runs["plain"][seed][each]["distance"]) for each in steps]
-    for (a, b), (high, low) in zip(zip(steps, steps[1:]), zip(distances, distances[1:])):
+    for i, low in enumerate(distances[1:]):
         if low <= wanted:
+            (a, b), high = steps[i : i + 2], distances[i]
             share = np.clip(np.log(high / wanted) / np.log(high / low), 0, 1)
             return a * (b / a) ** share / step
     return None
@@ -74,13 +78,15 @@ def draw(panels, haste, file):
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
-    figure, row = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), sharey=True, squeeze=False,
-                                  layout="constrained")
+    size = 5.5 * len(panels), 4.2  # inches
+    figure, row = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     shown = SHOWN | {haste: f"features and attention until step {int(haste.split()[-1]):,} (HASTE)"}
     colors = {run: f"C{i}" for i, run in enumerate(shown)}
     for axes, (title, runs) in zip(row[0], panels.items()):
         steps = judged_at(runs)
-        for run in (run for run in shown if run in runs):
+        for run in shown:
+            if run not in runs:
+                continue
             numbers = np.stack([values(runs, run, step) for step in steps])
             axes.plot(steps, numbers.mean(axis=1), "--" if run == haste else "-", color=colors[run], marker="o",
                       markersize=3, label=shown[run])
@@ -99,9 +105,11 @@ def draw(panels, haste, file):
 
 def table(runs, floor):
     """Markdown: a row per run with the distance at each step, and at the last one what else was measured."""
-    steps, rest = judged_at(runs), {key: name for key, name in REST.items() if floor.get(key)}
-    print(f"| run | {' | '.join(f'{step:,} steps' for step in steps)} | {' | '.join(rest.values())} |")
-    print("|---|" + "---|" * (len(steps) + len(rest)))
+    steps = judged_at(runs)
+    rest = {key: name for key, name in REST.items() if floor.get(key)}
+    heads = [*(f"{step:,} steps" for step in steps), *rest.values()]
+    print(f"| run | {' | '.join(heads)} |")
+    print("|---|" + "---|" * len(heads))
     for run in runs:
         cells = [spread(values(runs, run, step)) for step in steps]
         cells += [spread(values(runs, run, steps[-1], column)) for column in rest]
@@ -123,25 +131,34 @@ def conclusions(runs, haste):
     for step in steps:
         ratio = values(runs, haste, step) / values(runs, "plain", step)
         ups = [speed_up(runs, haste, seed, step) for seed in seeds]
-        print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; plain needs so many times the steps: "
-              + ", ".join(f"more than {steps[-1] / step:.2f}" if up is None else f"{up:.2f}" for up in ups))
+        said = ", ".join(f"more than {steps[-1] / step:.2f}" if up is None else f"{up:.2f}" for up in ups)
+        print(f"step {step:,}: HASTE's distance by plain's {spread(ratio)}; "
+              f"plain needs so many times the steps: {said}")
     last = steps[-1]
     for run in runs:
         ratios = np.concatenate([values(runs, run, step) / values(runs, "plain", step) for step in steps])
-        print(f"{run}: distance by plain's, all steps and seeds {spread(ratios)}; denoising loss before step {last:,} "
-              + spread(values(runs, run, last, "denoising_loss"), 4))
-    for run in (run for run in runs if run.startswith("stopped")):
-        ratios = {step: values(runs, run, step) / np.minimum(values(runs, "plain", step), values(runs, "aligned", step))
-                  for step in steps}
-        print(f"{run} by the better of plain and aligned, seed by seed: "
-              + "; ".join(f"step {step:,}: " + ", ".join(f"{x:.2f}" for x in each) for step, each in ratios.items()))
+        losses = spread(values(runs, run, last, "denoising_loss"), 4)
+        print(f"{run}: distance by plain's, all steps and seeds {spread(ratios)}; "
+              f"denoising loss before step {last:,} {losses}")
     for run in runs:
-        rows = [runs[run][seed][last] for seed in seeds]
-        if all(row["gradient_cosine"] for row in rows):
-            measured = {step: [runs[run][seed][step]["gradient_cosine"] for seed in seeds] for step in steps}
-            print(f"{run}: gradient cosine " + "; ".join(f"{step:,}: {spread(np.array(each, float), 3)}"
-                                                         for step, each in measured.items() if all(each))
-                  + "; the conflict trigger stops at " + ", ".join(row["conflict_step"] or "no step" for row in rows))
+        if not run.startswith("stopped"):
+            continue
+        said = []
+        for step in steps:
+            better = np.minimum(values(runs, "plain", step), values(runs, "aligned", step))
+            ratios = values(runs, run, step) / better
+            said.append(f"step {step:,}: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
+        print(f"{run} by the better of plain and aligned, seed by seed: {'; '.join(said)}")
+    for run in runs:
+        if not all(runs[run][seed][last]["gradient_cosine"] for seed in seeds):
+            continue
+        said = []
+        for step in steps:
+            cosines = [runs[run][seed][step]["gradient_cosine"] for seed in seeds]
+            if all(cosines):
+                said.append(f"{step:,}: {spread(np.array(cosines, float), 3)}")
+        stops = ", ".join(runs[run][seed][last]["conflict_step"] or "no step" for seed in seeds)
+        print(f"{run}: gradient cosine {'; '.join(said)}; the conflict trigger stops at {stops}")
 
 
 def main():

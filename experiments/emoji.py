@@ -1,7 +1,7 @@
 """Text to image on a laptop: plain MMDiT, REPA and HASTE side by side on emoji, judged by what prompts ask for.
 
     pip install -r requirements-text.txt
-    PYTHONPATH=. python experiments/emoji.py
+    python -m experiments.emoji
 
 Fetches the pictures with npm and pip (emoji_data.py, which says whose they are), trains teacher and judge, then every
 run of RUNS from every seed. RESULTS has a row per run, seed and step: the Fréchet distance in the judge's features,
@@ -9,21 +9,22 @@ and how often the judge sees the group, style and skin tone that a caption names
 held-out combinations of a concept and a style, or a concept and a tone. Stopped or killed, the same command goes on.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.emoji")
+
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
-import compare
-import emoji_data
 import fid
 import model
-import prepare_latents
 import sample
 import train
-from prepare_latents import PreparedDataset
-from teacher import load_network, preprocess
+from dataset import PreparedDataset
+from experiments import compare, emoji_data
+from runtime import ends_in_one_line, run_script
+from teacher import load_network
 
 OUT = "out/emoji"
 RESULTS = compare.HERE / "emoji.csv"
@@ -53,37 +54,45 @@ def chosen():
 
 def prompts():
     """(captions, their classes, the kind of each: "seen", "new_style" or "new_tone") that samples are drawn for."""
-    captions, names = zip(*((data.captions[data.caption_offsets[i]], data.classes[data.labels[i]])
-                            for data, rows in chosen() for i in rows))
+    captions, names = [], []
+    for data, rows in chosen():
+        captions += [data.captions[data.caption_offsets[i]] for i in rows]
+        names += [data.classes[data.labels[i]] for i in rows]
     kinds = ["seen"] * SEEN + ["new_style" if name.endswith("_none") else "new_tone" for name in names[SEEN:]]
-    return list(captions), names, np.array(kinds)
+    return captions, names, np.array(kinds)
 
 
 def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
     model.MODELS["student"] = dict(model.MODELS["MMDiT-T/4"], **STUDENT)
-    data = f"{emoji_data.OUT}/prepared/images"
-    train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = data, str(folder), 0, seed
+    train.DATA_DIR, train.RUN_DIR = f"{emoji_data.OUT}/prepared/images", str(folder)
+    train.WORKERS, train.COMPILE = 0, False
+    train.SEED = seed
     train.MODEL, train.TEACHER = "student", emoji_data.WEIGHTS.format("teacher")
     train.TEXT_ENCODER, train.TEXT_LENGTH = f"{emoji_data.OUT}/text_encoder", 16
+    train.TIMES = (0.4, 1.0)
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
-    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 16  # aligned to the end
-    train.LEARNING_RATE, train.WARMUP_STEPS, train.BETAS, train.EMA_DECAY = 1e-3, 100, (0.9, 0.99), 0.997
-    train.TIMES, train.COMPILE = (0.4, 1.0), False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 10, 750, 1, 0
-    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 750, 750, 256
+    train.ALIGN_STEPS = 1_000_000  # aligned to the end
+    train.BATCH_SIZE, train.LEARNING_RATE, train.WARMUP_STEPS = 16, 1e-3, 100
+    train.BETAS, train.EMA_DECAY = (0.9, 0.99), 0.997
+    train.LOG_EVERY, train.PREVIEW_EVERY = 10, 0
+    train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.KEEP_EVERY = 750, 1, 0
+    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 750, 750, 256
     for name, value in changes.items():
         setattr(train, name, value)
-    sample.RUN_DIR, sample.PROMPTS, sample.BATCH_SIZE = str(folder), prompts()[0], 100
-    sample.NUM_SAMPLES, sample.CLASS_SAMPLING, sample.GRID = len(sample.PROMPTS), "balanced", (20, 1)
-    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 15, 2.0, (0.0, 1.0)
+    sample.RUN_DIR, sample.PROMPTS = str(folder), prompts()[0]
+    sample.NUM_SAMPLES, sample.BATCH_SIZE = len(sample.PROMPTS), 100
+    sample.CLASS_SAMPLING, sample.GRID = "balanced", (20, 1)
+    sample.MODE, sample.STEPS = "ode", 15
+    sample.CFG_SCALE, sample.GUIDANCE = 2.0, (0.0, 1.0)
 
 
 def judge(samples, out):
     """Of pictures for prompts(), in their order: distance, precision and recall in the judge's features, and how often
     it sees what the captions say."""
     fid.SAMPLES, fid.REFERENCE, fid.OUT = str(samples), f"{emoji_data.OUT}/prepared/images", f"{out}-judge.json"
-    fid.FEATURES, fid.BATCH_SIZE, fid.WORKERS = emoji_data.WEIGHTS.format("judge"), 250, 0
+    fid.FEATURES = emoji_data.WEIGHTS.format("judge")
+    fid.BATCH_SIZE, fid.WORKERS = 250, 0
     measured = fid.main()
     row = {key: measured[key] for key in ("precision", "recall")} | dict(distance=measured["frechet_distance"])
     with np.load(Path(samples, "samples.npz")) as file:
@@ -93,11 +102,8 @@ def judge(samples, out):
 
 def agreement(images):
     """{kind and part of the class: how often the judge sees it} in pictures uint8 [N, 3, H, W] for prompts()."""
-    network, (_, names, kinds) = load_network(emoji_data.WEIGHTS.format("judge")), prompts()
-    config = timm.data.resolve_model_data_config(network)
-    with torch.no_grad():
-        p = torch.cat([network(preprocess(some, config["mean"], config["std"], images.shape[-1])).softmax(1)
-                       for some in images.split(250)])
+    _, names, kinds = prompts()
+    p = emoji_data.probabilities(load_network(emoji_data.WEIGHTS.format("judge")), images)
     right = {}
     for part, (label, (values, sums)) in enumerate(emoji_data.marginals(p, chosen()[0][0].classes).items()):
         said = np.array([name.split("_")[part] for name in names])
@@ -120,22 +126,24 @@ def draw_sheet():
     """FIGURE, by HASTE of the first seed."""
     run = [*compare.RUNS, *compare.stopped_runs()][-1]
     settings(f"{OUT}/{run}/{SEEDS[0]}", SEEDS[0], {})
-    sample.OUT, sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = f"{OUT}/sheet", 0, list(PROMPTS), (len(PROMPTS), 8)
-    sample.CHECKPOINT = None
+    sample.CHECKPOINT, sample.OUT = None, f"{OUT}/sheet"
+    sample.NUM_SAMPLES, sample.PROMPTS, sample.GRID = 0, list(PROMPTS), (len(PROMPTS), 8)
     sample.main()
     Path(f"{OUT}/sheet/samples.png").rename(FIGURE)
 
 
-@prepare_latents.ends_in_one_line
+@ends_in_one_line
 def main():
     emoji_data.main()
-    compare.OUT, compare.RESULTS, compare.COLUMNS, compare.SEEDS = OUT, RESULTS, COLUMNS, SEEDS
-    compare.STEPS, compare.STOPS, compare.RUNS = STEPS, STOPS, RUNS
-    compare.SETTINGS, compare.JUDGE, compare.FILES = settings, judge, ("emoji", "emoji_data")
+    compare.OUT, compare.RESULTS, compare.COLUMNS = OUT, RESULTS, COLUMNS
+    compare.SEEDS, compare.STEPS, compare.STOPS = SEEDS, STEPS, STOPS
+    compare.RUNS = RUNS
+    compare.SETTINGS, compare.JUDGE = settings, judge
+    compare.FILES = (__name__, "experiments.emoji_data")
     write_real(f"{OUT}/real")
     compare.collect([dict(run="real images", **judge(f"{OUT}/real", f"{OUT}/real"))])
     draw_sheet()
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

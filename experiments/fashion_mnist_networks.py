@@ -1,12 +1,15 @@
 """Makes data/teacher.safetensors and data/judge.safetensors again, from all 60,000 Fashion-MNIST training images.
 
     apt-get install dataset-fashion-mnist                       # Debian; or put the four .gz files into IDX_DIR
-    PYTHONPATH=. python experiments/fashion_mnist_networks.py
+    python -m experiments.fashion_mnist_networks
 
 Writes the images as sprite sheets (28 x 28 tiles sorted by class), prepares them, and calls train_network.main().
 The judge has another architecture (a residual convolutional network) and another seed than the teacher, so that a
 student is not judged by the network it imitated.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.fashion_mnist_networks")
 
 import gzip
 from pathlib import Path
@@ -15,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 import prepare_latents
-import train_network
+from experiments import train_network
+from runtime import run_script
 
 IDX_DIR = "/usr/share/datasets/fashion-mnist"
 WORK_DIR = "data"  # sheets and prepared folders
@@ -61,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

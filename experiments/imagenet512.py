@@ -1,18 +1,22 @@
 """The paper's ImageNet run at 512 x 512: SiT-XL/2 on 1,024 tokens with HASTE, stopped at 300,000 steps.
 
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/imagenet512.py prepare    # or python, on one GPU
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/imagenet512.py train
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/imagenet512.py sample
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/imagenet512.py fid
+    torchrun --nproc_per_node=8 -m experiments.imagenet512 prepare    # or python, on one GPU
+    torchrun --nproc_per_node=8 -m experiments.imagenet512 train
+    torchrun --nproc_per_node=8 -m experiments.imagenet512 sample
+    torchrun --nproc_per_node=8 -m experiments.imagenet512 fid
 
 Grid and position table of the student and the teacher's 448 pixels follow from the data set.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.imagenet512")
 
 import fid
 import prepare_latents
 import sample
 import train
-from coco import run_part
+from experiments.coco import run_part
+from runtime import run_script
 
 RUN = "runs/haste-xl-512"
 
@@ -31,4 +35,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

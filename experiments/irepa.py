@@ -1,20 +1,20 @@
 """iREPA's two parts, a 3 x 3 convolution as projector ("conv") and teacher tokens normalised over each image ("norm"),
 with features alone and with attention too, to the end and stopped.
 
-    PYTHONPATH=. python experiments/irepa.py fashion_mnist    # late.py's student: irepa.csv
-    PYTHONPATH=. python experiments/irepa.py pixels           # pixels.py's: irepa_pixels.csv
+    python -m experiments.irepa fashion_mnist    # late.py's student: irepa.csv
+    python -m experiments.irepa pixels           # pixels.py's: irepa_pixels.csv
 
 One row per run, seed and step, and a table of what each choice changes. Stopped or killed, the same command goes on.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.irepa")
+
 import numpy as np
 
-import compare
-import draw
-import late
-import pixels
-from coco import run_part
-from prepare_latents import ends_in_one_line, run_script
+from experiments import compare, draw, late, pixels
+from experiments.coco import run_part
+from runtime import ends_in_one_line, run_script
 
 LOSSES = {"features": dict(ATTENTION_WEIGHT=0), "aligned": {}}
 PARTS = {"": {}, " conv": dict(PROJECTOR="conv"), " norm": dict(SPATIAL_NORM=0.6),
@@ -34,14 +34,20 @@ def effects(results):
     """Markdown: the last distance with a choice by that without it, otherwise the same run; of all such pairs the
     geometric mean, and of these the mean (lowest to highest) of the seeds."""
     runs, _ = draw.read(results)
-    cells = {("features" not in name, "conv" in name, "norm" in name, "stopped" in name):
-             np.log(draw.values(runs, name, STEPS)) for name in runs if name != "plain"}
+    cells = {}  # of each run but plain: what was chosen, and log distances, one a seed
+    for name in runs:
+        chosen = "features" not in name, "conv" in name, "norm" in name, "stopped" in name
+        if name != "plain":
+            cells[chosen] = np.log(draw.values(runs, name, STEPS))
     print("| with, by without | to the end | stopped |\n|---|---|---|")
     for i, choice in enumerate(("attention", "conv", "norm", "stopping")):
         columns = []
         for stopped in (False, True):
-            changes = [numbers - cells[without] for cell, numbers in cells.items() if cell[i] and cell[-1] == stopped
-                       if (without := (*cell[:i], False, *cell[i + 1 :])) in cells]
+            changes = []
+            for chosen, numbers in cells.items():
+                without = (*chosen[:i], False, *chosen[i + 1 :])
+                if chosen[i] and chosen[-1] == stopped and without in cells:
+                    changes.append(numbers - cells[without])
             columns.append(draw.spread(np.exp(np.mean(changes, axis=0))) if changes else "")
         print(f"| {choice} | {' | '.join(columns)} |")
 
@@ -58,7 +64,8 @@ def in_pixels():
     settings("out/irepa_pixels")
     pixels.prepare()
     compare.RESULTS = compare.HERE / "irepa_pixels.csv"
-    compare.SETTINGS, compare.JUDGE, compare.FILES = pixels.settings, pixels.judge, ("pixels", "emoji_data")
+    compare.SETTINGS, compare.JUDGE = pixels.settings, pixels.judge
+    compare.FILES = ("experiments.pixels", "experiments.emoji_data")
     real = f"{pixels.OUT}/real"
     compare.collect([dict(run="real images", **pixels.judge(real, real))])
     effects(compare.RESULTS)

@@ -1,12 +1,12 @@
 """Does stopping help in pixels? JiT-B/16 on ImageNet 256 x 256, 200 epochs: plain, aligned to the end, and stopped.
 
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py prepare
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py plain
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py aligned
-    PYTHONPATH=. python experiments/jit.py branch                  # the two below go on from what is kept of "aligned"
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py stopped_50
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py stopped_100
-    PYTHONPATH=. torchrun --nproc_per_node=8 experiments/jit.py judge    # fid.json beside each run's samples
+    torchrun --nproc_per_node=8 -m experiments.jit prepare
+    torchrun --nproc_per_node=8 -m experiments.jit plain
+    torchrun --nproc_per_node=8 -m experiments.jit aligned
+    python -m experiments.jit branch    # the two below go on from what is kept of "aligned"
+    torchrun --nproc_per_node=8 -m experiments.jit stopped_50
+    torchrun --nproc_per_node=8 -m experiments.jit stopped_100
+    torchrun --nproc_per_node=8 -m experiments.jit judge    # fid.json beside each run's samples
 
 Published: REPA, never stopped, brings the guided FID of JiT-B/16 from 7.81 to 6.71 at 100 epochs and from 4.37 to 5.14
 at 200 (PixelREPA, arXiv 2603.14366, figure 1 and table); users who repeat the plain run get 4.7. Nobody has stopped it.
@@ -17,14 +17,18 @@ An estimate of what it costs, by count of operations at 40 % of 790 TFLOP/s: 34 
 the stopped ones from where they branch off, 0.4 for 50,000 samples.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.jit")
+
 from functools import partial
 
 import fid
 import prepare_latents
 import sample
 import train
-from coco import run_part
-from compare import start_from
+from experiments.coco import run_part
+from experiments.compare import start_from
+from runtime import run_script
 
 RUN = "runs/jit-b-{}"
 EPOCH = 1_251  # steps
@@ -38,14 +42,16 @@ def settings():
     prepare_latents.VAE, prepare_latents.DATA_DIR = None, "data/imagenet256_pixels"
     train.DATA_DIR, train.MODEL, train.MIRROR = prepare_latents.DATA_DIR, "JiT-B/16", True
     train.TIMES = (0.8, 0.8)
-    train.BATCH_SIZE, train.STEPS, train.LEARNING_RATE, train.WARMUP_STEPS = 1024, JUDGED[-1] * EPOCH, 2e-4, 5 * EPOCH
-    train.BETAS, train.GRAD_CLIP = (0.9, 0.95), 1e6  # which clips nothing
+    train.BATCH_SIZE, train.STEPS = 1024, JUDGED[-1] * EPOCH
+    train.LEARNING_RATE, train.WARMUP_STEPS = 2e-4, 5 * EPOCH
+    train.BETAS = (0.9, 0.95)
+    train.GRAD_CLIP = 1e6  # which clips nothing
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(2, 7), (3, 9), (4, 11)], 4
     train.CONFLICT_TIMES = (0.3, 0.5, 0.7, 0.9)  # where its times lie
     train.KEEP_EVERY = train.CONFLICT_FROM = JUDGED[0] * EPOCH
     train.CHECKPOINT_EVERY = train.KEEP_EVERY // 6  # which makes a checkpoint at each of these
-    sample.CLASS_SAMPLING, sample.MODE, sample.SOLVER, sample.STEPS, sample.GUIDANCE = \
-        "balanced", "ode", "heun", 50, (0.0, 0.9)
+    sample.CLASS_SAMPLING, sample.GUIDANCE = "balanced", (0.0, 0.9)
+    sample.MODE, sample.SOLVER, sample.STEPS = "ode", "heun", 50
 
 
 def train_run(name):
@@ -54,8 +60,9 @@ def train_run(name):
 
 
 def branch():
-    for name in (name for name in RUNS if name.startswith("stopped")):
-        start_from(RUN.format("aligned"), RUN.format(name), RUNS[name] * EPOCH)
+    for name, epochs in RUNS.items():
+        if name.startswith("stopped"):
+            start_from(RUN.format("aligned"), RUN.format(name), epochs * EPOCH)
 
 
 def judge():
@@ -65,9 +72,9 @@ def judge():
         for epoch in JUDGED:
             if name.startswith("stopped") and epoch <= RUNS[name]:
                 continue  # until then it is "aligned"
-            for sample.CFG_SCALE in SCALES:
-                sample.CHECKPOINT = f"{sample.RUN_DIR}/checkpoints/step_{epoch * EPOCH:07d}/ema.safetensors"
-                sample.OUT = f"{sample.RUN_DIR}/samples_{epoch}_{sample.CFG_SCALE}"
+            sample.CHECKPOINT = f"{sample.RUN_DIR}/checkpoints/step_{epoch * EPOCH:07d}/ema.safetensors"
+            for scale in SCALES:
+                sample.CFG_SCALE, sample.OUT = scale, f"{sample.RUN_DIR}/samples_{epoch}_{scale}"
                 sample.main()
                 fid.SAMPLES, fid.OUT = f"{sample.OUT}/samples.npz", f"{sample.OUT}/fid.json"
                 fid.main()
@@ -79,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

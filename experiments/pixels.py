@@ -1,25 +1,27 @@
 """HASTE in pixels on a laptop: a small JiT on emoji of 64 x 64 pixels, by class, in patches of 8: plain, REPA, HASTE to
 the end and stopped; beside it a plain SiT of its size, which predicts the velocity.
 
-    PYTHONPATH=. python experiments/pixels.py
+    python -m experiments.pixels
 
 Takes emoji_data.py's pictures (all but those held out), teacher and classes; trains a judge of its own, which sees all
 64 pixels. RESULTS has a row per run, seed and step. Stopped or killed, the same command goes on.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.pixels")
+
 from pathlib import Path
 
 import numpy as np
 
-import compare
-import emoji_data
 import fid
 import model
 import prepare_latents
 import sample
 import train
-import train_network
-from prepare_latents import PreparedDataset
+from dataset import PreparedDataset
+from experiments import compare, emoji_data, train_network
+from runtime import ends_in_one_line, run_script
 
 OUT = "out/pixels"
 RESULTS = compare.HERE / "pixels.csv"
@@ -41,20 +43,25 @@ def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
     model.MODELS["student"] = dict(model.MODELS["JiT-T/4"], **STUDENT)
     model.MODELS["velocity"] = dict(model.MODELS["SiT-T/4"], **STUDENT)
-    train.DATA_DIR, train.RUN_DIR, train.WORKERS, train.SEED = f"{OUT}/data", str(folder), 0, seed
+    train.DATA_DIR, train.RUN_DIR = f"{OUT}/data", str(folder)
+    train.WORKERS, train.COMPILE = 0, False
+    train.SEED = seed
     train.MODEL, train.TEACHER = "student", emoji_data.WEIGHTS.format("teacher")
+    train.TIMES = (0.8, 0.8)
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
-    train.ALIGN_STEPS, train.BATCH_SIZE = 1_000_000, 16  # aligned to the end
-    train.LEARNING_RATE, train.WARMUP_STEPS, train.BETAS, train.EMA_DECAY = 1e-3, 100, (0.9, 0.99), 0.997
-    train.TIMES, train.COMPILE = (0.8, 0.8), False
-    train.LOG_EVERY, train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.PREVIEW_EVERY = 10, 1000, 1, 0
-    train.KEEP_EVERY, train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 0, 1000, 1000, 256
+    train.ALIGN_STEPS = 1_000_000  # aligned to the end
+    train.BATCH_SIZE, train.LEARNING_RATE, train.WARMUP_STEPS = 16, 1e-3, 100
+    train.BETAS, train.EMA_DECAY = (0.9, 0.99), 0.997
+    train.LOG_EVERY, train.PREVIEW_EVERY = 10, 0
+    train.CHECKPOINT_EVERY, train.CHECKPOINTS_KEPT, train.KEEP_EVERY = 1000, 1, 0
+    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 1000, 1000, 256
     train.CONFLICT_TIMES = (0.3, 0.5, 0.7, 0.9)
     for name, value in changes.items():
         setattr(train, name, value)
     sample.RUN_DIR, sample.NUM_SAMPLES, sample.BATCH_SIZE = str(folder), IMAGES * len(classes()), 90
-    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.PRECISION = "ode", 20, 1.0, "float32"
     sample.CLASS_SAMPLING, sample.GRID = "balanced", (18, 4)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE = "ode", 20, 1.0
+    sample.PRECISION = "float32"
 
 
 def classes():
@@ -64,17 +71,21 @@ def classes():
 def judge(samples, out):
     """Distance, precision and recall in the judge's features, of images of all classes in equal numbers."""
     fid.SAMPLES, fid.REFERENCE, fid.OUT = str(samples), f"{OUT}/reference/samples.npz", f"{out}-judge.json"
-    fid.FEATURES, fid.BATCH_SIZE, fid.WORKERS = f"{OUT}/judge.safetensors", 120, 0
+    fid.FEATURES = f"{OUT}/judge.safetensors"
+    fid.BATCH_SIZE, fid.WORKERS = 120, 0
     measured = fid.main()
     return {key: measured[key] for key in ("precision", "recall")} | dict(distance=measured["frechet_distance"])
 
 
 def write_real(data, count, out):
     """So many pictures of each class of a prepared folder, evenly spaced, as samples.npz."""
-    rows = np.concatenate([of_class[np.arange(count) * len(of_class) // count] for of_class in
-                           (np.flatnonzero(data.labels == label) for label in np.unique(data.labels))])
+    rows = []
+    for label in np.unique(data.labels):
+        of_class = np.flatnonzero(data.labels == label)
+        rows.append(of_class[np.arange(count) * len(of_class) // count])
+    images = data.images(np.concatenate(rows))  # [N, 3, H, W]
     Path(out).mkdir(parents=True, exist_ok=True)
-    np.savez(f"{out}/samples.npz", arr_0=data.images(rows).permute(0, 2, 3, 1).numpy())
+    np.savez(f"{out}/samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
 
 
 def prepare():
@@ -97,13 +108,15 @@ def prepare():
     write_real(data, IMAGES, f"{OUT}/real")
 
 
-@prepare_latents.ends_in_one_line
+@ends_in_one_line
 def main():
     prepare()
-    compare.OUT, compare.RESULTS, compare.STEPS, compare.STOPS, compare.RUNS = OUT, RESULTS, STEPS, STOPS, RUNS
-    compare.SETTINGS, compare.JUDGE, compare.FILES = settings, judge, ("pixels", "emoji_data")
+    compare.OUT, compare.RESULTS = OUT, RESULTS
+    compare.RUNS, compare.STEPS, compare.STOPS = RUNS, STEPS, STOPS
+    compare.SETTINGS, compare.JUDGE = settings, judge
+    compare.FILES = (__name__, "experiments.emoji_data")
     compare.collect([dict(run="real images", **judge(f"{OUT}/real", f"{OUT}/real"))])
 
 
 if __name__ == "__main__":
-    prepare_latents.run_script(main)
+    run_script(main)

@@ -1,25 +1,26 @@
 """When would a measurement have ended phase I? RARE's plateau of the features' residual (arXiv 2609.34732), and HASTE's
 gradient cosine, time by time and block by block, on the aligned runs of compare.py, late.py and pixels.py.
 
-    PYTHONPATH=. python experiments/release.py
+    python -m experiments.release
 
 Makes these runs once more, with more measured, and draws nothing. RESULTS has the step at which each rule fires in each
 run, the noise of its fast average, and the cosines. Stopped or killed, the same command goes on.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.release")
+
 import csv
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from scipy.signal import lfilter
 
-import compare
-import draw
-import late
-import pixels
 import sample
 import train
-from prepare_latents import ends_in_one_line, run_script
+from experiments import compare, draw, late, pixels
+from runtime import ends_in_one_line, run_script
 
 OUT = "out/release"
 RESULTS = compare.HERE / "release.csv"
@@ -54,22 +55,23 @@ def plateau(residuals, slow, fast, start, below=BELOW, corrected=False):
 def cosines(gradient_cosine, blocks):
     """train.gradient_cosine that also measures at each of TIMES and in each of the blocks, into cosines.csv."""
     def measure(*arguments):
-        mean, depth, times = gradient_cosine(*arguments), train.ALIGN_DEPTH, train.CONFLICT_TIMES
+        mean = gradient_cosine(*arguments)
+        before = train.ALIGN_DEPTH, train.CONFLICT_TIMES
         with open(Path(train.RUN_DIR, "log.csv")) as log:
             step = int(log.readlines()[-1].split(",")[0]) + train.LOG_EVERY  # which this step will log
-        for train.ALIGN_DEPTH in blocks:
-            for time in TIMES:
-                train.CONFLICT_TIMES = (time,)
-                with open(Path(train.RUN_DIR, "cosines.csv"), "a") as file:
-                    file.write(f"{step},{time},{train.ALIGN_DEPTH},{gradient_cosine(*arguments)}\n")
-        train.ALIGN_DEPTH, train.CONFLICT_TIMES = depth, times
+        for block, time in product(blocks, TIMES):
+            train.ALIGN_DEPTH, train.CONFLICT_TIMES = block, (time,)
+            cosine = gradient_cosine(*arguments)
+            with open(Path(train.RUN_DIR, "cosines.csv"), "a") as file:
+                file.write(f"{step},{time},{block},{cosine}\n")
+        train.ALIGN_DEPTH, train.CONFLICT_TIMES = before
         return mean
     return measure
 
 
 def settings(folder, seed, changes):
     """A comparison's own, with cosines at each quarter of its steps and nothing drawn."""
-    _, set_constants, *_, steps, blocks = COMPARISONS[Path(folder).parts[-3]]
+    _, set_constants, _, _, steps, blocks = COMPARISONS[Path(folder).parts[-3]]
     set_constants(folder, seed, changes)
     train.CONFLICT_FROM = train.CONFLICT_EVERY = steps // 4
     train.gradient_cosine = cosines(train.gradient_cosine, blocks)
@@ -90,13 +92,21 @@ def read(folder, comparison, seed, steps):
     noise = np.diff(half).std() / 2**0.5 / half.mean() * every**0.5  # of one step, relative
     for rule, corrected in CORRECTED.items():
         for slow, fast in WINDOWS:
-            fires, _ = plateau(residuals, (1 - 1 / slow) ** every, (1 - 1 / fast) ** every, steps // 8 // every,
-                               corrected=corrected)
+            decays = (1 - 1 / slow) ** every, (1 - 1 / fast) ** every
+            fires, _ = plateau(residuals, *decays, steps // 8 // every, corrected=corrected)
             yield dict(comparison=comparison, seed=seed, rule=rule, slow=slow, fast=fast,
                        noise=round(noise / (2 * fast) ** 0.5, 5), step=fires * every if fires else "")
-    lines = (folder / "cosines.csv").read_text().split()
-    for (step, time, block), cosine in {tuple(line.split(",")[:3]): line.split(",")[3] for line in lines}.items():
-        yield dict(comparison=comparison, seed=seed, step=step, time=time, block=block, cosine=round(float(cosine), 5))
+    measured = {}  # cosines of a step that a resumed run made again stand there twice
+    for line in (folder / "cosines.csv").read_text().split():
+        *place, cosine = line.split(",")
+        measured[tuple(place)] = round(float(cosine), 5)
+    for (step, time, block), cosine in measured.items():
+        yield dict(comparison=comparison, seed=seed, step=step, time=time, block=block, cosine=cosine)
+
+
+def chosen(rows, **columns):
+    """Those of the rows that have these values."""
+    return [row for row in rows if all(row[column] == value for column, value in columns.items())]
 
 
 def tables():
@@ -109,25 +119,28 @@ def tables():
     for rule, slow, fast in dict.fromkeys((row["rule"], row["slow"], row["fast"]) for row in rows if row["rule"]):
         cells = []
         for name in names:
-            fired = [row for row in rows if (row["comparison"], row["rule"], row["slow"], row["fast"])
-                     == (name, rule, slow, fast)]
-            cells.append("; ".join(f"{int(row['step']):,}" if row["step"] else "never" for row in fired)
-                         + f" (noise {np.mean([float(row['noise']) for row in fired]):.1%})")
+            fired = chosen(rows, comparison=name, rule=rule, slow=slow, fast=fast)
+            steps = "; ".join(f"{int(row['step']):,}" if row["step"] else "never" for row in fired)
+            noise = np.mean([float(row["noise"]) for row in fired])
+            cells.append(f"{steps} (noise {noise:.1%})")
         print(f"| {rule}, {slow} and {fast} steps | " + " | ".join(cells) + " |")
     print(f"\n| cosine at time | {' | '.join(map(str, TIMES))} |\n|---|" + "---|" * len(TIMES))
     for name, block in dict.fromkeys((row["comparison"], row["block"]) for row in rows if row["block"]):
-        found = [np.array([float(row["cosine"]) for row in rows if row["time"] and float(row["time"]) == time and
-                           (row["comparison"], row["block"]) == (name, block)]) for time in TIMES]
-        print(f"| {name}, block {block} | " + " | ".join(draw.spread(each, 3) for each in found) + " |")
+        cells = []
+        for time in TIMES:
+            measured = chosen(rows, comparison=name, block=block, time=str(time))
+            cells.append(draw.spread(np.array([float(row["cosine"]) for row in measured]), 3))
+        print(f"| {name}, block {block} | " + " | ".join(cells) + " |")
 
 
 @ends_in_one_line
 def main():
     rows = []
-    compare.SETTINGS, compare.JUDGE, compare.STOPS = settings, nothing, ()
-    compare.FILES = ("release", "pixels", "emoji_data")
-    for name, (prepare, _, compare.STUDENT, layers, steps, _) in COMPARISONS.items():
-        compare.OUT, compare.RESULTS, compare.STEPS = f"{OUT}/{name}", f"{OUT}/{name}.csv", (steps,)
+    compare.SETTINGS, compare.JUDGE = settings, nothing
+    compare.FILES = (__name__, "experiments.pixels", "experiments.emoji_data")
+    for name, (prepare, _, student, layers, steps, _) in COMPARISONS.items():
+        compare.OUT, compare.RESULTS = f"{OUT}/{name}", f"{OUT}/{name}.csv"
+        compare.STUDENT, compare.STEPS, compare.STOPS = student, (steps,), ()
         compare.RUNS = {"aligned": layers}
         prepare()
         compare.collect([])

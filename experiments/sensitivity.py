@@ -1,14 +1,16 @@
 """What HASTE's settings do early on, one at a time around compare_small.py's: alignment weights, layers, learning rate.
 
-    PYTHONPATH=. python experiments/sensitivity.py
+    python -m experiments.sensitivity
 
 One row per variant and seed in sensitivity.csv; its denoising loss is the mean over all 500 steps. Around what,
 compare_small.csv holds; what the stopping step does, that and compare.csv say.
 """
 
-import compare
-import draw
-from prepare_latents import run_script
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.sensitivity")
+
+from experiments import compare, draw
+from runtime import run_script
 
 STEP = 500  # at which samples are judged
 RUNS = {
@@ -22,7 +24,9 @@ RUNS = {
 
 def against_plain(runs):
     """Prints each run's distance by that of plain SiT with the same seed; an aligned run's learning rate is plain's."""
-    for run in (run for run in runs if run != "plain"):
+    for run in runs:
+        if run == "plain":
+            continue
         plain = run.replace("aligned", "plain") if run.startswith("aligned, learning rate") else "plain"
         ratio = draw.values(runs, run, STEP) / draw.values(runs, plain, STEP)
         print(f"{run} by {plain}: {draw.spread(ratio)}")

@@ -1,10 +1,13 @@
 """Trains a small network on a prepared data set's labels: a teacher or a judge for images that DINOv2 does not suit.
 
-    PYTHONPATH=. python experiments/train_network.py
+    python -m experiments.train_network
 
 Writes OUT, a .safetensors file whose header says how to build the network: TEACHER and fid.FEATURES take its path.
 fashion_mnist_networks.py made data/teacher.safetensors and data/judge.safetensors with it.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m experiments.train_network")
 
 import json
 import os
@@ -19,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from prepare_latents import PreparedDataset, check_writable, run_script, ends_in_one_line, write_atomically
+from dataset import PreparedDataset
+from runtime import check_writable, ends_in_one_line, run_script, write_atomically
 from teacher import load_network, preprocess
 
 # the first of the two passes that made data/teacher.safetensors
@@ -93,19 +97,22 @@ def main():
     network = average.module.half().float().eval()  # what the file holds is what is measured
     accuracy = None
     if test is not None:
-        with torch.no_grad():
-            right = sum((network(preprocess(images.to(device), mean, std, size)).argmax(1).cpu() == labels).sum().item()
-                        for _, labels, images in (test[indices] for indices in
-                                                  torch.arange(len(test)).split(500)))
+        right = 0
+        for indices in torch.arange(len(test)).split(500):
+            _, labels, images = test[indices]
+            with torch.no_grad():
+                guessed = network(preprocess(images.to(device), mean, std, size)).argmax(1).cpu()
+            right += (guessed == labels).sum().item()
         accuracy = right / len(test)
     header = dict(architecture=ARCHITECTURE, settings=ARCHITECTURE_SETTINGS, num_classes=num_classes,
-                  input=dict(mean=mean, std=std, input_size=(3, size, size)), classes=data.classes, accuracy=accuracy,
-                  trained_on=data.meta["source"], images=len(data), epochs=EPOCHS, seed=SEED, started_from=START_FROM)
+                  input=dict(mean=mean, std=std, input_size=(3, size, size)), classes=data.classes,
+                  accuracy=accuracy, trained_on=data.meta["source"], images=len(data), epochs=EPOCHS, seed=SEED,
+                  started_from=START_FROM)
     state = {key: value.half().cpu() if value.is_floating_point() else value.cpu()
              for key, value in network.state_dict().items()}
     write_atomically(OUT, lambda path: save_file(state, path, metadata=dict(network=json.dumps(header))))
-    print(f"{OUT}: {os.path.getsize(OUT) / 1e6:.2f} MB, "
-          + ("no test set" if accuracy is None else f"{accuracy:.2%} of {len(test):,} test images right"))
+    said = "no test set" if accuracy is None else f"{accuracy:.2%} of {len(test):,} test images right"
+    print(f"{OUT}: {os.path.getsize(OUT) / 1e6:.2f} MB, {said}")
 
 
 if __name__ == "__main__":

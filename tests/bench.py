@@ -1,15 +1,15 @@
 """Speeds, side by side in one run.
 
-    PYTHONPATH=. python tests/bench.py train   # steps of plain SiT, phase I and phase II
-    PYTHONPATH=. python tests/bench.py text    # steps of MMDiT/2 with captions from a table, and encoded at each step
-    PYTHONPATH=. python tests/bench.py attention    # the attention loss of 1,024 tokens in pieces, and at once
-    PYTHONPATH=. python tests/bench.py data    # preparing and loading images
-    PYTHONPATH=. python tests/bench.py fid     # precision and recall, features of the FID Inception
-    PYTHONPATH=. python tests/bench.py checkpoint     # how long training waits for one; also under torchrun
+    python -m tests.bench train         # steps of plain SiT, phase I and phase II
+    python -m tests.bench text          # steps of MMDiT/2 with captions from a table, and encoded at each step
+    python -m tests.bench attention     # the attention loss of 1,024 tokens in pieces, and at once
+    python -m tests.bench data          # preparing and loading images
+    python -m tests.bench fid           # precision and recall, features of the FID Inception
+    python -m tests.bench checkpoint    # how long training waits for one; also under torchrun
 
 The first prints the median time of a whole step (forward, losses, backward, clipping, AdamW, EMA), ratios to plain SiT,
-MFU (checkpoint.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher
-is a DINOv2-B with random weights: its speed is that of the real one.
+MFU (costs.flops_per_image), and the peak memory of each kind (on a CPU: of a process of its own). The teacher is a
+DINOv2-B with random weights: its speed is that of the real one.
 
 The second measures the same of an MMDiT, on a CPU of fewer blocks, and then steps of the full size with and without a
 text encoder of the default's size, random weights, in turn.
@@ -27,6 +27,9 @@ peak memory, and the Inception in turn with pytorch-fid's of the same random wei
 The sixth saves SiT-B/2 and SiT-XL/2 with optimiser and EMA three times each, in a temporary folder.
 """
 
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m tests.bench")
+
 import io
 import json
 import multiprocessing
@@ -36,6 +39,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,9 +54,14 @@ import checkpoint
 import fid
 import prepare_latents
 import train
-from checkpoint import flops_per_image, matrix_rate
+from costs import flops_per_image, matrix_rate
+from dataset import FORMAT, PreparedDataset
+from images import ImageFiles
+from inception import InceptionV3
+from losses import attention_loss, attention_loss_of_qk
 from model import MODELS, attention_logits, build
-from prepare_latents import Crops, ImageFiles, PreparedDataset, encode
+from prepare_latents import Crops, encode
+from runtime import start_processes
 from teacher import Teacher
 from text import CaptionTable, TextEncoder
 from vae import AutoencoderKL
@@ -157,8 +166,7 @@ def write_prepared(folder, packed, latents):
     lengths = np.resize([len(image) for image in packed], count)
     np.save(folder / "image_offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
     np.save(folder / "labels.npy", np.arange(count) % 1000)
-    meta = dict(format=prepare_latents.FORMAT, image_size=Image.open(io.BytesIO(packed[0])).width,
-                latent_shape=latents.shape[1:],
+    meta = dict(format=FORMAT, image_size=Image.open(io.BytesIO(packed[0])).width, latent_shape=latents.shape[1:],
                 vae=dict(name="", scale=1), classes=[str(i) for i in range(1000)],
                 bytes={file.name: file.stat().st_size for file in folder.iterdir()})
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -182,10 +190,10 @@ def attention_step(kind):
     q, k = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(2))
     teacher = list(zip(*torch.randn(2, *shape, device=device, dtype=dtype)))
     if kind == "pieces":
-        return lambda: train.attention_loss_of_qk(list(zip(q, k)), teacher).backward()
+        return lambda: attention_loss_of_qk(list(zip(q, k)), teacher).backward()
     if kind == "at once":
-        return lambda: train.attention_loss([attention_logits(*pair) for pair in zip(q, k)],
-                                            [attention_logits(*pair) for pair in teacher]).backward()
+        return lambda: attention_loss([attention_logits(*pair) for pair in zip(q, k)],
+                                      [attention_logits(*pair) for pair in teacher]).backward()
     return lambda: (q.sum() + k.sum()).backward()  # gradients alone
 
 
@@ -338,7 +346,7 @@ def bench_text():
             part.compile(fullgraph=True, dynamic=False)
     y = torch.arange(TEXT_BATCH_SIZE, device=device) % 3
     step = step_of(model, None, train.alignment_losses, y, contexts["table"])
-    rounds = [[*(timed(lambda: step(context)) for context in contexts.values()),
+    rounds = [[*(timed(partial(step, context)) for context in contexts.values()),
                timed(lambda: contexts["encoded at each step"](y))] for _ in range(WARMUP + ROUNDS)][WARMUP:]
     ratios = sorted(b / a for a, b, _ in rounds)
     print(f"MMDiT/2, batch {TEXT_BATCH_SIZE}, phase II: a step that encodes its captions, by one that reads them from "
@@ -356,7 +364,7 @@ def bench_fid():
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most")
 
     device = torch.device("cuda" if CUDA else "cpu")
-    ours = fid.InceptionV3("bilinear").to(device)
+    ours = InceptionV3("bilinear").to(device)
     judge.load_state_dict_from_url = lambda *_, **__: ours.state_dict()  # in place of its download
     theirs = judge.InceptionV3().eval().to(device)
     images = torch.randint(0, 256, (50, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
@@ -367,7 +375,7 @@ def bench_fid():
 
 
 def bench_checkpoint():
-    rank, world, device = prepare_latents.start_processes(nccl=True)
+    rank, world, device = start_processes(nccl=True)
     for name in ("SiT-B/2", "SiT-XL/2"):
         model = build(name, teacher_dim=None).to(device)
         if world > 1:
@@ -380,7 +388,7 @@ def bench_checkpoint():
             torch.distributed.broadcast_object_list(folders)
         run, seconds = Path(folders[0]), []
         for step in (1, 2, 3):
-            seconds.append(timed(lambda: checkpoint.save(run, {}, dict(step=step), state, ema, 1, 0)))
+            seconds.append(timed(partial(checkpoint.save, run, {}, dict(step=step), state, ema, 1, 0)))
         if rank == 0:
             size = sum(file.stat().st_size for file in (run / "checkpoints/step_0000003").iterdir())
             print(f"{name}, {world} processes: {size / 1e9:.1f} GB in {', '.join(f'{each:.1f}' for each in seconds)} s")

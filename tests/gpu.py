@@ -1,11 +1,14 @@
 """All that only a GPU can tell, in ten minutes by estimate: one table, and one JSON to send to the project.
 
-    PYTHONPATH=. python tests/gpu.py
-    PYTHONPATH=. torchrun --nproc_per_node=8 tests/gpu.py    # afterwards: how ways of sharding agree and what they cost
+    python -m tests.gpu
+    torchrun --nproc_per_node=8 -m tests.gpu    # afterwards: how ways of sharding agree and what they cost
 
 The networks have random weights and the images are noise, whose speed is that of the real ones. Nothing is fetched. A
 part that fails says why, and the others go on.
 """
+
+if not __package__:
+    raise SystemExit("run it from the repository's root: python -m tests.gpu")
 
 import gc
 import itertools
@@ -30,11 +33,15 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
-import fid
 import prepare_latents
 import sample
 import train
+from dataset import open_loader
+from images import ImageFiles
+from inception import InceptionV3
 from model import build
+from runtime import start_processes
+from teacher import teacher_for_grid
 from vae import AutoencoderKL
 
 OUT = "out/gpu.json"
@@ -107,6 +114,13 @@ def machine(folder):
                 copy_gb_per_s=2 * 2**30 / seconds(lambda: target.copy_(big)) / 1e9)
 
 
+def attend(q, k, v):
+    """Attention's forward pass, and where they are trained its backward pass."""
+    out = F.scaled_dot_product_attention(q, k, v)
+    if q.requires_grad:
+        out.backward(out)
+
+
 def attention(folder):
     """ms of each kernel: the student's heads of 72 forward and backward, the teacher's of 64 forward."""
     found = {}
@@ -115,13 +129,9 @@ def attention(folder):
                    for _ in range(3))
         found[f"{who}, chosen"] = SDPBackend(torch._fused_sdp_choice(q, k, v)).name
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            def call():
-                out = F.scaled_dot_product_attention(q, k, v)
-                if train_it:
-                    out.backward(out)
             try:
                 with sdpa_kernel([backend]):
-                    found[f"{who}, {backend.name}"] = seconds(call) * 1e3
+                    found[f"{who}, {backend.name}"] = seconds(partial(attend, q, k, v)) * 1e3
             except RuntimeError as error:
                 found[f"{who}, {backend.name}"] = str(error).splitlines()[0]
     return found
@@ -183,7 +193,7 @@ def precision(folder):
     model = build(SMALL, align_depth=5).cuda()
     for p in model.parameters():  # zero at first: velocity and most gradients would be
         torch.nn.init.normal_(p, std=0.02) if p.requires_grad and not p.any() else None
-    teacher = train.teacher_for_grid("vit_base_patch14_dinov2.lvd142m", [7, 9, 11], 16).cuda()
+    teacher = teacher_for_grid("vit_base_patch14_dinov2.lvd142m", [7, 9, 11], 16).cuda()
     train.LAYER_PAIRS, train.ATTENTION_WEIGHT, train.FEATURE_WEIGHT = [(2, 7), (3, 9), (4, 11)], 0.5, 0.5
     x, noise = torch.randn(2, 16, 4, 32, 32, device="cuda")
     t, y = torch.rand(16, device="cuda"), torch.randint(0, 1000, (16,), device="cuda")
@@ -263,12 +273,12 @@ def other_speeds(folder):
     for name in ("float32", "bf16"):
         prepare_latents.VAE_PRECISION = name
         found[f"VAE encoding, {name}"] = 64 / seconds(lambda: prepare_latents.encode(images, vae, images.device))
-    crops = prepare_latents.Crops(prepare_latents.ImageFiles(folder / "published"), 256, None)
-    loader = prepare_latents.open_loader(crops, [range(i, i + 64) for i in range(0, 512, 64)] * 4, 16, images.device)
+    crops = prepare_latents.Crops(ImageFiles(folder / "published"), 256, None)
+    loader = open_loader(crops, [range(i, i + 64) for i in range(0, 512, 64)] * 4, 16, images.device)
     next(loader)
     started = time.perf_counter()
     found["loader for the VAE, 16 workers at most"] = 64 * sum(1 for _ in loader) / (time.perf_counter() - started)
-    inception = fid.InceptionV3().cuda().eval()
+    inception = InceptionV3().cuda().eval()
     with torch.no_grad():
         found["Inception"] = 64 / seconds(lambda: inception(images))
     return found
@@ -284,7 +294,7 @@ def agreement(folder):
 def main():
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
-    prepare_latents.start_processes(nccl=True)
+    start_processes(nccl=True)
     create = timm.create_model
     timm.create_model = lambda name, pretrained=False, **options: create(name, pretrained=False, **options)
     results = json.loads(Path(OUT).read_text()) if WORLD > 1 and Path(OUT).exists() else {}

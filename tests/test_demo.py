@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, set_constants
 from PIL import Image
 
 import demo
@@ -18,6 +17,7 @@ import prepare_latents
 import sample
 import teacher
 import train
+from tests.conftest import ROOT, set_constants
 
 
 def test_demo_in_short(restored, monkeypatch, tmp_path, capsys):

@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, set_constants, write_words
 from PIL import Image
 
-import compare
-import emoji
-import emoji_data
-import irepa
 import model
-import pixels
+from dataset import PreparedDataset
+from experiments import compare, emoji, emoji_data, irepa, pixels
+from tests.conftest import ROOT, set_constants, write_words
 
 THINGS = {"red apple": "1F34E", "taco": "1F32E", "pizza": "1F355", "piñata": "1FA85", "hot dog": "1F32D",
           "two o’clock": "1F551"}
@@ -256,7 +253,7 @@ def test_the_experiments_in_pixels_in_short(packages, restored, monkeypatch, tmp
     assert [(row["run"], row["step"]) for row in rows] == [("real images", "")] + [
         (run, step) for run in ("velocity", "aligned", "stopped at 2") for step in "24"]
     assert float(rows[0]["distance"]) < min(float(row["distance"]) for row in rows[1:])
-    assert pixels.classes() == emoji.PreparedDataset("data/emoji/prepared/teacher").classes
+    assert pixels.classes() == PreparedDataset("data/emoji/prepared/teacher").classes
     with np.load("out/pixels/aligned/3/samples_4/samples.npz") as file:
         assert file["arr_0"].shape == (len(pixels.classes()), 64, 64, 3)
     header = json.loads(Path("out/pixels/velocity/3/settings.json").read_text())

@@ -1,31 +1,34 @@
-"""experiments/: the comparison in short, and what draw.py makes of its rows."""
+"""experiments/: how they are started, the comparison in short, and what draw.py makes of its rows."""
 
 import csv
 import json
 import re
+import subprocess
 import sys
 from itertools import product
 
 import numpy as np
 import pytest
-from conftest import ROOT, set_constants, small_constants
 from PIL import Image
 from safetensors.torch import load_file
 
-import compare
-import compare_small
-import draw
 import fid
-import imagenet512
-import irepa
-import jit
-import late
 import model
-import pixels
 import prepare_latents
-import release
 import sample
 import train
+from experiments import compare, compare_small, draw, imagenet512, irepa, jit, late, release
+from tests.conftest import ROOT, set_constants, small_constants
+
+MODULES = [path.relative_to(ROOT) for path in (*sorted((ROOT / "experiments").glob("*.py")), ROOT / "tests/bench.py",
+                                               ROOT / "tests/gpu.py") if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_started_as_a_file_it_says_how_to_start_it(path):
+    ended = subprocess.run([sys.executable, path], cwd=ROOT, text=True, capture_output=True)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and f"python -m {path.parent.name}.{path.stem}" in line and not ended.stdout
 
 
 def test_compare_in_short(restored, monkeypatch, tmp_path):
@@ -84,7 +87,7 @@ def shrink(monkeypatch, experiment, teacher_file, network, size, **of_train):
 
 def run_parts(monkeypatch, experiment, *parts):
     for part in parts:
-        monkeypatch.setattr(sys, "argv", [f"{experiment.__name__}.py", part])
+        monkeypatch.setattr(sys, "argv", [experiment.__file__, part])
         experiment.main()
 
 

@@ -1,5 +1,5 @@
 """fid.py: the reference numbers, pytorch-fid, torch-fidelity, transformers and ADM's formulas as judges, main() end to
-end, in one process and in two, and bad input."""
+end, in one process and in two, and bad input, of inception.py's weights too."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,33 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fid
+import inception
 import prepare_latents
-
-ROOT = Path(__file__).parents[1]
-
-
-def recipe_weights(state):
-    """The random weights that tests/golden/inception.npz was made with (its meta tells the recipe)."""
-    weights = {}
-    for key, p in state.items():
-        if key.endswith("num_batches_tracked"):
-            weights[key] = p
-            continue
-        r = torch.randn(p.shape, generator=torch.Generator().manual_seed((zlib.crc32(key.encode()) + 7) % 2**31))
-        if key.endswith("running_var"):
-            weights[key] = r.abs() * 0.2 + 0.8
-        elif key.endswith(("running_mean", "bias")):
-            weights[key] = 0.05 * r
-        elif key.endswith("bn.weight"):
-            weights[key] = 1 + 0.1 * r
-        else:
-            weights[key] = r * (1.6 / p[0].numel()) ** 0.5
-    return weights
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return recipe_weights(fid.InceptionV3().state_dict())
+from inception import InceptionV3, load_inception
+from tests.conftest import ROOT, set_constants
 
 
 @pytest.fixture(scope="module")
@@ -137,54 +114,7 @@ def test_precision_and_recall_need_more_images_than_neighbours():
         fid.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
 
 
-# ---- the network
-
-
-def assert_close(ours, expected):
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() <= 0.02 * (expected[0] - expected[1]).abs().max()
-
-
-@pytest.mark.parametrize("size", [0, 1])
-@pytest.mark.parametrize("resize, names", [("tf1", ("pool_tf1_", "spatial_tf1_", "probs_tf1_")),
-                                           ("bilinear", ("pool", "spatial", "probs"))])
-def test_inception_equals_the_reference(golden, weights, size, resize, names):
-    z, _, _ = golden("inception")
-    network = fid.InceptionV3(resize)
-    network.load_state_dict(weights)
-    for ours, name in zip(network(z[f"images{size}"]), names):
-        assert_close(ours, z[f"{name}{size}"])
-
-
-@pytest.fixture
-def pytorch_fids_network(monkeypatch):
-    """(pytorch-fid's network, the state dict of its weights), random weights."""
-    judge = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is the judge")
-
-    def random_weights(*_, **__):  # in place of its download; num_batches_tracked and all other keys are its own
-        net = judge._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-        return recipe_weights(net.state_dict())
-    monkeypatch.setattr(judge, "load_state_dict_from_url", random_weights)
-    whole = judge.fid_inception_v3()
-    monkeypatch.setattr(judge, "fid_inception_v3", lambda: whole)
-    return judge.InceptionV3().eval(), whole.state_dict()
-
-
-def test_inception_has_pytorch_fids_keys_and_gives_its_features(pytorch_fids_network):
-    (theirs, state), ours = pytorch_fids_network, fid.InceptionV3("bilinear")
-    ours.load_state_dict(state)  # strict: exactly its keys and shapes
-    images = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = theirs(images.float() / 255)[0].flatten(1)
-    torch.testing.assert_close(ours(images)[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("height, width", [(32, 32), (299, 299), (400, 350)])
-def test_resize_is_tensorflow_1s(height, width):
-    judge = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow", reason="torch-fidelity is the judge")
-    x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 255
-    expected = judge.interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
-    torch.testing.assert_close(fid.resize_tf1(x, 299), expected)
+# ---- other evaluations as judges
 
 
 # the judges' roots of 2048 x 2048 matrices take half a minute, so that usually 512 of the features must do
@@ -212,11 +142,10 @@ def test_main_with_bilinear_resize_gives_pytorch_fids_number(configure, pytorch_
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_fid_and_inception_score_equal_torch_fidelitys(weights_file, monkeypatch, tmp_path, width):
+def test_fid_and_inception_score_equal_torch_fidelitys(weights_file, tmp_path, width):
     judge = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is the judge")
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
-    monkeypatch.setattr(fid, "INCEPTION_WEIGHTS", str(weights_file))
     theirs = judge.FeatureExtractorInceptionV3("judge", ["2048", "logits_unbiased"], str(weights_file))
     expected, found = [], []
     for seed, count in ((1, 8), (2, 10)):
@@ -224,7 +153,7 @@ def test_fid_and_inception_score_equal_torch_fidelitys(weights_file, monkeypatch
         pool, logits = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
         expected.append(fid_features_to_statistics(pool[:, :width]))
         data = fid.open_images(tmp_path / "images.npz", "SAMPLES")
-        measured = fid.measure("", data, count, fid.load_inception()[0], torch.device("cpu"), 0, 1)
+        measured = fid.measure("", data, count, load_inception(weights_file, "tf1")[0], torch.device("cpu"), 0, 1)
         found += [measured["mu"][:width], measured["sigma"][:width, :width]]
     (distance,) = fid_statistics_to_metric(*expected, verbose=False).values()
     assert fid.frechet_distance(*found) == pytest.approx(distance, rel=1e-3)
@@ -246,7 +175,7 @@ def test_main_measures_two_files_and_takes_stored_statistics(configure, weights,
     assert "FID" in result["label"] and "fid" in capsys.readouterr().out
     assert result["reference_stored"] == ["mu_s", "sigma_s"]
 
-    network = fid.InceptionV3("tf1")
+    network = InceptionV3("tf1")
     network.load_state_dict(weights)
     fake, real = (network(torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2))
                   for path in (fid.SAMPLES, fid.REFERENCE))
@@ -583,13 +512,18 @@ def test_kept_statistics_serve_no_other_settings(configure, teacher_file, tmp_pa
         assert "earlier" not in capsys.readouterr().out and result["precision_recall_reference_count"] == 5
 
 
+def shifted_pixels(images, by):
+    """Features for measure() that need no network."""
+    return images.flatten(1)[:, :3].float() + by, None, None
+
+
 def test_kept_statistics_serve_no_other_resize(configure, tmp_path, monkeypatch, capsys):
     configure()
     images = fid.open_images(fid.REFERENCE, "REFERENCE")
     network, kept = dict(features="inception", features_size=299, weights_sha256="0123456789"), {}
     for resize in ("tf1", "bilinear", "tf1", "bilinear"):
         monkeypatch.setattr(fid, "RESIZE", resize)
-        features = (lambda images: (images.flatten(1)[:, :3].float() + len(resize), None, None))
+        features = partial(shifted_pixels, by=len(resize))
         images = fid.open_images(fid.REFERENCE, "REFERENCE")
         found, cache = fid.measure_reference(images, 9, features, network, torch.device("cpu"), 0, 1)
         assert ("earlier" in capsys.readouterr().out) == (resize in kept)
@@ -629,9 +563,10 @@ def test_a_reference_beside_which_nothing_can_be_written(configure, teacher_file
 LAUNCHED = """
 import json, sys
 import fid
+from runtime import run_script
 for name, value in json.loads(sys.argv[1]).items():
     setattr(fid, name, value)
-fid.run_script(fid.main)
+run_script(fid.main)
 """
 
 
@@ -823,17 +758,19 @@ def test_too_few_images_for_precision_and_recall_are_refused_at_once(configure):
 
 def test_weights_that_cannot_be_fetched(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    configure(INCEPTION_WEIGHTS=None, INCEPTION_URL="http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.setattr(inception, "INCEPTION_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
+    configure(INCEPTION_WEIGHTS=None)
     with pytest.raises(ValueError, match="nor could it be fetched") as error:
         fid.main()
-    for part in (fid.INCEPTION_URL, str(tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"),
+    for part in (inception.INCEPTION_URL, str(tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"),
                  "INCEPTION_WEIGHTS"):
         assert part in str(error.value)
 
 
 def test_fetched_weights_with_another_hash_are_not_kept(configure, tmp_path, monkeypatch, weights_file):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    configure(INCEPTION_WEIGHTS=None, INCEPTION_URL=weights_file.as_uri())
+    monkeypatch.setattr(inception, "INCEPTION_URL", weights_file.as_uri())
+    configure(INCEPTION_WEIGHTS=None)
     with pytest.raises(ValueError, match="invalid hash value"):
         fid.main()
     assert not list((tmp_path / "hub/checkpoints").iterdir())
@@ -851,3 +788,37 @@ def test_weights_that_are_missing_damaged_or_others(configure, tmp_path, content
     with pytest.raises(ValueError, match=sentence) as error:
         fid.main()
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_results_lie_beside_what_they_measure(data_dir, monkeypatch, tmp_path):
+    set_constants(monkeypatch, fid, REFERENCE=str(data_dir), FEATURES=str(ROOT / "data/judge.safetensors"), OUT=None,
+                  WORKERS=0, BATCH_SIZE=50)
+    images = np.random.default_rng(0).integers(0, 255, (60, 28, 28, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+        monkeypatch.setattr(fid, "SAMPLES", str(tmp_path / f"{name}.npz"))
+        fid.main()
+    found = {path.name: json.loads(path.read_text())["samples"] for path in tmp_path.glob("*.json")}
+    assert found == {f"{name}.prepared.judge.json": str(tmp_path / f"{name}.npz") for name in ("a", "b")}
+
+
+def test_prompts_come_in_the_order_of_the_images_numbers(monkeypatch, tmp_path, capsys):
+    for number in range(12):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "prompts.txt").write_bytes("\ufeff".encode() + b"".join(b"prompt %d\r\n" % i for i in range(12)))
+    monkeypatch.setattr(fid, "CLIP", "any")
+    images = fid.open_images(tmp_path, "SAMPLES")
+    assert fid.read_prompts(images) == [f"prompt {i}" for i in range(12)]
+    assert "images in the order of the numbers in their names, 0.png, 1.png" in capsys.readouterr().out
+    assert fid.ImageFolder(tmp_path)[range(12)][0][:, 0, 0, 0].tolist() == list(range(12))
+    monkeypatch.setattr(fid, "CLIP", None)
+    assert [file.name for file in fid.ImageFolder(tmp_path).files][:3] == ["0.png", "1.png", "10.png"]
+
+
+def test_photographs_that_exif_turns_have_their_upright_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (30, 20), (9, 0, 0)).save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGB", (20, 30), (9, 0, 0)).save(tmp_path / "upright.png")
+    folder = fid.ImageFolder(tmp_path)
+    assert folder.size == (30, 20) and folder[[0, 1]][0].shape == (2, 3, 30, 20)

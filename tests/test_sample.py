@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_golden, set_constants
 from PIL import Image
 
 import sample
 import train
 from model import JiT, SiT
 from sample import IndexedNoise, sample_ode, sample_sde, save_grid, to_bytes
+from tests.conftest import ROOT, load_golden, set_constants, small_constants
 
 CASES = load_golden("samplers")[2]["cases"]
 
@@ -94,7 +94,6 @@ def test_grid_is_row_by_row(tmp_path):
 @pytest.fixture(scope="module")
 def run_dir(data_dir, teacher_file, tmp_path_factory):
     """A finished run of four steps."""
-    from conftest import small_constants
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         set_constants(patch, train, **{**small_constants(data_dir, teacher_file, folder), "STEPS": 4, "ALIGN_STEPS": 2})
@@ -352,3 +351,18 @@ def test_guidance_needs_a_model_that_knows_no_label(draw, tmp_path):
     with pytest.raises(ValueError, match="CFG_SCALE 1.5 needs a model trained with LABEL_DROPOUT"):
         draw("x", CHECKPOINT=str(tmp_path / "ema.safetensors"))
     assert draw("y", CHECKPOINT=str(tmp_path / "ema.safetensors"), CFG_SCALE=1.0)[0].shape == (23, 28, 28, 3)
+
+
+@pytest.mark.parametrize("constants, message", [
+    (dict(COMPARE=3), "COMPARE = 3; allowed: list"), (dict(CLASSES="cat"), "CLASSES = 'cat'; allowed: whole numbers"),
+    (dict(CLASSES=0.5), "CLASSES = 0.5; allowed: whole numbers from 0 or None")])
+def test_a_single_value_where_a_list_is_meant(constants, message, monkeypatch):
+    set_constants(monkeypatch, sample, **constants)
+    with pytest.raises(ValueError, match=message):
+        sample.main()
+
+
+def test_half_a_character_in_a_prompt_is_refused_before_anything_is_drawn(monkeypatch):
+    set_constants(monkeypatch, sample, PROMPTS=["a \ud83d cat"])
+    with pytest.raises(ValueError, match="has half a character .a lone surrogate., which no file can hold"):
+        sample.read_prompts()

@@ -8,8 +8,11 @@ import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
+import prepare_latents
 import teacher
+from dataset import PreparedDataset
 from teacher import Teacher, load_network, preprocess
+from tests.conftest import ROOT
 
 
 def to_timm(state):
@@ -68,7 +71,7 @@ def test_any_timm_vit_with_plain_attention(name, settings):
     frozen = Teacher(network, (1, 0), 4 * patch)
     images = torch.randint(0, 256, (2, 3, 4 * patch, 4 * patch), dtype=torch.uint8)
     tokens, logits = frozen(images)
-    assert tokens.shape == (2, 16, 48) and [tuple(l.shape) for l in logits] == [(2, 3, 16, 16)] * 2
+    assert tokens.shape == (2, 16, 48) and [tuple(each.shape) for each in logits] == [(2, 3, 16, 16)] * 2
     config = timm.data.resolve_model_data_config(network)
     expected = network.forward_features(preprocess(images, config["mean"], config["std"], 4 * patch))
     torch.testing.assert_close(tokens, expected[:, network.num_prefix_tokens :], rtol=1e-4, atol=1e-5)
@@ -140,7 +143,7 @@ def test_weights_that_cannot_be_fetched():
 def test_default_teacher_without_weights_has_dinov2_shape():
     frozen = Teacher("vit_small_patch14_dinov2.lvd142m", (10, 11), 56, pretrained=False)
     tokens, logits = frozen(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    assert tokens.shape == (1, 16, 384) and [tuple(l.shape) for l in logits] == [(1, 6, 16, 16)] * 2
+    assert tokens.shape == (1, 16, 384) and [tuple(each.shape) for each in logits] == [(1, 6, 16, 16)] * 2
     assert torch.equal(frozen.mean, torch.tensor((0.485, 0.456, 0.406)))
 
 
@@ -156,15 +159,13 @@ def test_damaged_or_missing_file(tmp_path, teacher_file):
 @pytest.mark.parametrize("name, most_bytes, accuracy", [("teacher", 3_000_000, 0.90), ("judge", 1_000_000, 0.90)])
 def test_shipped_networks_recognise_held_out_images(name, most_bytes, accuracy, tmp_path, monkeypatch):
     """On the 1,000 embedded test images; the header's figure is of all 10,000."""
-    import prepare_latents
-    from conftest import ROOT
     path = ROOT / f"data/{name}.safetensors"
     assert path.stat().st_size <= most_bytes
     for constant, value in dict(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), DATA_DIR=str(tmp_path), IMAGE_SIZE=28,
                                 VAE=None, WORKERS=0).items():
         monkeypatch.setattr(prepare_latents, constant, value)
     prepare_latents.main()
-    data = prepare_latents.PreparedDataset(tmp_path)
+    data = PreparedDataset(tmp_path)
     network = load_network(path)
     config = timm.data.resolve_model_data_config(network)
     x = preprocess(data.images(range(len(data))), config["mean"], config["std"], config["input_size"][-1])

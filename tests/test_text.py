@@ -5,12 +5,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load_golden, write_words
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT, load_golden, write_words
 from text import CaptionTable, TextEncoder
 
 transformers = pytest.importorskip("transformers")
@@ -136,3 +137,31 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(golden_clip, damage, mes
     with pytest.raises(ValueError, match=message) as caught:
         TextEncoder(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_an_encoder_decoder_the_encoders_states(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BartConfig(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0,
+                                     encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                                     decoder_ffn_dim=16, max_position_embeddings=12)
+    model = transformers.BartModel(config).eval()
+    model.save_pretrained(tmp_path)
+    write_words(tmp_path, 60, 12, "w0")
+    encoder = TextEncoder(str(tmp_path))
+    ids = encoder.tokenize(["w5 w7", "w9"])
+    with torch.no_grad():
+        wanted = model.get_encoder()(input_ids=ids, attention_mask=ids != 0).last_hidden_state
+    torch.testing.assert_close(encoder(ids), wanted)
+
+
+def test_many_captions_are_tokenised_in_pieces(tmp_path, monkeypatch):
+    encoder = SimpleNamespace(length=4, dim=2, parameters=lambda: iter([torch.zeros(1)]), sizes=[])
+
+    def tokenize(texts):
+        encoder.sizes.append(len(texts))
+        return torch.tensor([[int(text or 0)] * 4 for text in texts])
+
+    encoder.tokenize = tokenize
+    table = CaptionTable(encoder, [str(i) for i in range(5000)], gib=0)
+    assert max(encoder.sizes) <= 1024 and table.ids[:5000, 0].tolist() == list(range(5000))

@@ -1,7 +1,6 @@
 """Captions from end to end: a small COCO prepared, trained on through the switch, killed, resumed, sampled, judged."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,20 +9,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, set_constants, small_constants, write_words
 from PIL import Image
 from safetensors.torch import save_file
-from test_model import ShapeRecorder
-from test_train import assert_close_models, assert_same_state, final_state, read_log, run_process  # noqa: F401
 
 import checkpoint
-import coco as coco_run
 import fid
 import prepare_latents
 import sample
 import train
+from dataset import PreparedDataset
+from experiments import coco as coco_run
 from model import MODELS, build
-from prepare_latents import PreparedDataset
+from tests.conftest import ROOT, read_log, set_constants, small_constants, write_words
+from tests.test_model import ShapeRecorder
+from tests.test_train import assert_close_models, assert_same_state, final_state
 from text import CaptionTable, TextEncoder
 
 transformers = pytest.importorskip("transformers")
@@ -138,8 +137,7 @@ def test_captions_encoded_at_each_step_are_those_of_the_table(text_run, tmp_path
 
 
 @pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_resumed_or_on_two_processes_it_is_the_same_run(run_process, coco, encoder_dir, tmp_path,  # noqa: F811
-                                                        processes):
+def test_resumed_or_on_two_processes_it_is_the_same_run(run_process, coco, encoder_dir, tmp_path, processes):
     constants = dict(text_constants(coco, encoder_dir), CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=8,
                      extra=f"train.MODELS['MMDiT-T/4'].update({SMALLER})")
     assert run_process(tmp_path / "whole", **constants).returncode == 0
@@ -308,15 +306,23 @@ def test_a_model_of_text_needs_captions(text_run, data_dir):
         train.main()
 
 
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None
+import train
+from runtime import run_script
+train.DATA_DIR, train.MODEL, train.RUN_DIR = sys.argv[1:]
+train.STEPS, train.ALIGN_STEPS, train.PREVIEW_EVERY, train.WORKERS = 1, 0, 0, 0
+train.BATCH_SIZE, train.COMPILE = 4, False
+run_script(train.main)
+"""
+
+
 @pytest.mark.slow
 def test_without_transformers_classes_train_and_text_says_what_to_install(coco, data_dir, tmp_path):
     """In a process that cannot import it: nothing but text asks for it."""
-    (tmp_path / "transformers.py").write_text("raise ImportError('none here')")
-    code = ("import sys, train\ntrain.DATA_DIR, train.MODEL, train.RUN_DIR, train.STEPS = *sys.argv[1:], 1\n"
-            "train.ALIGN_STEPS = train.WORKERS = train.PREVIEW_EVERY = 0\ntrain.BATCH_SIZE, train.COMPILE = 4, False\n"
-            "train.run_script(train.main)")
-    ended = [subprocess.run([sys.executable, "-c", code, str(data), name, str(tmp_path / name[:5])], text=True,
-                            capture_output=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    ended = [subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS, data, name, tmp_path / name[:5]], cwd=ROOT,
+                            text=True, capture_output=True)
              for data, name in ((data_dir, "SiT-T/4"), (coco, "MMDiT-T/4"))]
     assert ended[0].returncode == 0, ended[0].stderr
     assert ended[1].returncode == 1 and "pip install -r requirements-text.txt" in ended[1].stderr

@@ -1,6 +1,6 @@
-"""The two-phase loop: reference losses, bit-exact resume, what phase II must not do, bad input, two processes."""
+"""train.py: the two-phase loop, bit-exact resume, what phase II must not do, bad input, several processes."""
 
-import csv
+import importlib
 import json
 import os
 import random
@@ -8,83 +8,32 @@ import re
 import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import warnings
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, set_constants, small_constants, with_latents
 from PIL import Image
-from test_model import ShapeRecorder
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
 import prepare_latents
+import runtime
 import sample
 import train
-from model import attention_logits, build
+from checkpoint import load_model
+from dataset import PreparedDataset
 from teacher import Teacher
-from train import attention_loss, feature_loss, interpolate
-
-
-def test_losses_equal_the_reference(golden):
-    z, _, meta = golden("haste_loss")
-    for path in ("linear", "cosine"):
-        x_t, velocity = interpolate(z["x"], z["noise"], z["t"], path)
-        torch.testing.assert_close(x_t, z[f"{path}_x_t"], rtol=meta["rtol"], atol=1e-6)
-        torch.testing.assert_close(velocity, z[f"{path}_velocity"], rtol=meta["rtol"], atol=1e-6)
-        loss = torch.nn.functional.mse_loss(z["vp"], velocity)
-        torch.testing.assert_close(loss, z[f"{path}_denoising_loss"], rtol=meta["rtol"], atol=0)
-    loss = attention_loss(list(z["student_logits"]), list(z["teacher_logits"]))
-    torch.testing.assert_close(loss, z["attention_loss"], rtol=meta["rtol"], atol=0)
-    loss = feature_loss(z["student_features"], z["teacher_features"])
-    torch.testing.assert_close(loss, z["feature_loss"], rtol=meta["rtol"], atol=1e-7)
-
-
-def test_losses_equal_the_published_call_at_256_tokens(golden):
-    z, _, meta = golden("haste_loss256")
-    tolerance = dict(rtol=meta["rtol"], atol=meta["atol"])
-    for path in ("linear", "cosine"):
-        x_t, velocity = interpolate(z["x"], z["noise"], z[f"{path}_t"], path)
-        torch.testing.assert_close(x_t, z[f"{path}_x_t"], **tolerance)
-        torch.testing.assert_close(velocity, z[f"{path}_velocity"], **tolerance)
-    q, k = z["student_q"].float().requires_grad_(), z["student_k"].float().requires_grad_()
-    scale = q.shape[-1] ** -0.5
-    student = [(a * scale) @ b.mT for a, b in zip(q, k)]
-    teacher = [(a * scale) @ b.mT for a, b in zip(z["teacher_q"].float(), z["teacher_k"].float())]
-    loss = attention_loss(student, teacher)
-    torch.testing.assert_close(loss, z["attention_loss"], **tolerance)
-    torch.testing.assert_close(loss.double(), z["attention_loss_float64"], rtol=1e-5, atol=0)
-    assert loss > z["teacher_entropy"]
-    loss.backward()
-    torch.testing.assert_close(q.grad[0, :, 0], z["attention_grad_q"], **tolerance)
-    torch.testing.assert_close(k.grad[0, :, 0], z["attention_grad_k"], **tolerance)
-    assert not q.grad[:, :, 12:].any()  # heads without a partner
-    loss = feature_loss(z["student_features"].float(), z["teacher_features"].float())
-    torch.testing.assert_close(loss, z["feature_loss"], **tolerance)
-
-
-def test_irepas_normalisation_and_losses_equal_the_reference(golden, monkeypatch):
-    z, _, meta = golden("irepa")
-    allowed = meta["tolerance"]
-    for gamma in ("0.6", "0.8", "1.0"):
-        for key, tokens in (("normalised", z["teacher"]), ("normalised_edge", z["edge"])):
-            torch.testing.assert_close(train.normalize_over_tokens(tokens, float(gamma)), z[f"{key}/{gamma}"],
-                                       rtol=allowed["normalised"], atol=allowed["normalised"])
-        monkeypatch.setattr(train, "SPATIAL_NORM", float(gamma))
-        for kernel in (3, 1):
-            feature, attention = train.alignment_losses(z[f"projected/{kernel}"], [], z["teacher"], [])
-            torch.testing.assert_close(feature, z[f"loss/{kernel}/{gamma}"], rtol=allowed["loss"], atol=allowed["loss"])
-    monkeypatch.setattr(train, "SPATIAL_NORM", 0.0)
-    feature, _ = train.alignment_losses(z["projected/3"], [], z["teacher"], [])
-    torch.testing.assert_close(feature, z["loss/3/plain"], rtol=allowed["loss"], atol=allowed["loss"])
+from tests.conftest import ROOT, read_log, set_constants, small_constants, with_latents
+from tests.test_model import ShapeRecorder
 
 
 def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
@@ -105,49 +54,6 @@ def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
     assert torch.equal(train.spread_times(many), many)
     monkeypatch.setattr(train, "TIMES", (0.0, 1.0))
     assert train.spread_times(torch.zeros(1)).item() == 0  # as rand() may draw it
-
-
-def test_at_1024_tokens_loss_grid_and_table_are_right():
-    """512 x 512 pixels: logits in pieces of 256 rows, a teacher at 448 pixels for DINOv2's patch, a 32 x 32 table."""
-    torch.manual_seed(0)
-    student, teacher = ([[each.requires_grad_() for each in torch.randn(2, 2, heads, 1024, 8)] for _ in range(2)]
-                        for heads in (3, 2))
-    gradients, losses = [], []
-    for pieces in (False, True):
-        with ShapeRecorder() as recorder:
-            loss = train.attention_loss_of_qk(student, teacher) if pieces else attention_loss(
-                *([attention_logits(q, k) for q, k in each] for each in (student, teacher)))
-            gradients.append(torch.autograd.grad(loss, [each for pair in student for each in pair]))
-        losses.append(loss)
-        assert any(np.prod(shape) == 2 * 2 * 1024**2 for shape in recorder.shapes) != pieces
-    torch.testing.assert_close(*losses)
-    for whole, in_pieces in zip(*gradients):
-        torch.testing.assert_close(in_pieces, whole, rtol=1e-4, atol=1e-8)
-
-    with torch.device("meta"):
-        model = build("SiT-XL/2", input_size=64, teacher_dim=None)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 674_816_272
-    assert model.pos_embed.shape == (1, 1024, 1152) and model.grid == 32
-    small = build("SiT-T/4", input_size=128)
-    table = small.pos_embed.unflatten(1, (32, 32))
-    torch.testing.assert_close(table[:, :16, :16].flatten(1, 2), build("SiT-T/4", input_size=64).pos_embed)
-    network = timm.create_model("vit_tiny_patch16_224", patch_size=14, embed_dim=32, depth=2, num_heads=2)
-    ours = Teacher(network, [1], 32 * 14, pretrained=False)
-    tokens, (logits,) = ours(torch.zeros(1, 3, 512, 512, dtype=torch.uint8))
-    assert ours.input_size == 448 and tokens.shape == (1, 1024, 32) and logits.shape == (1, 2, 1024, 1024)
-
-
-def test_losses_refuse_grids_that_do_not_match():
-    with pytest.raises(ValueError, match=r"\[1, 2, 9, 9\] and teacher attention \[1, 2, 16, 16\] do not match; "
-                                         r"run the"):
-        attention_loss([torch.zeros(1, 2, 9, 9)], [torch.zeros(1, 2, 16, 16)])
-    with pytest.raises(ValueError, match=r"\[1, 9, 4\] and teacher tokens \[1, 16, 4\] do not match; run the teacher"):
-        feature_loss(torch.zeros(1, 9, 4), torch.zeros(1, 16, 4))
-
-
-def read_log(run):
-    with open(Path(run) / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def final_state(run, step=12):
@@ -217,55 +123,6 @@ def test_run_through_both_phases(small_run, capsys):
     model, _ = sample.load_model(run / "ema.safetensors")
     assert all(torch.equal(value, state["ema"][key]) for key, value in model.state_dict().items())
     assert not torch.equal(state["ema"]["final_layer.linear.weight"], state["model"]["final_layer.linear.weight"])
-
-
-EXPERIMENT = """
-import json, os, signal, sys
-import checkpoint, train
-for name, value in json.loads(sys.argv[1]).items():
-    setattr(train, name, [tuple(v) for v in value] if name == "LAYER_PAIRS" else value)
-number, at, rank = (int(value) for value in sys.argv[2:])
-draw_noise, save_file = train.draw_noise, checkpoint.save_file
-first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-def signal_in_the_middle_of_a_step(step, *args, **options):
-    if step == at and first_start and rank in (-1, int(os.environ.get("RANK", 0))):
-        os.kill(os.getpid(), number)
-    return draw_noise(step, *args, **options)
-def kill_in_the_middle_of_saving(tensors, path, metadata):
-    if f"step_{-at:07d}" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    save_file(tensors, path, metadata)
-train.draw_noise, checkpoint.save_file = signal_in_the_middle_of_a_step, kill_in_the_middle_of_saving
-{extra}
-train.main()
-{after}
-"""
-
-
-@pytest.fixture
-def run_process(tmp_path, data_dir, teacher_file):
-    """Runs train.main() in processes of its own, on several nodes; those of `rank` (-1: all) get the signal `number` in
-    the middle of the step `at`, or if negative, SIGKILL while the checkpoint of step -at is being written."""
-
-    def run(folder, number=0, at=10**6, rank=-1, processes=None, nodes=1, restarts=0, extra="", after="", **constants):
-        (tmp_path / "experiment.py").write_text(EXPERIMENT.replace("{extra}", extra).replace("{after}", after))
-        constants = {**small_constants(data_dir, teacher_file, folder), **constants}
-        launch = []
-        if processes:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                address = f"localhost:{free.getsockname()[1]}"
-            launch = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}",
-                      f"--max-restarts={restarts}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}"]
-        command = [sys.executable, *launch, str(tmp_path / "experiment.py"), json.dumps(constants), str(int(number)),
-                   str(at), str(rank)]
-        agents = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-                  for _ in range(nodes)]
-        ended = [agent.communicate(timeout=300) for agent in agents]
-        return subprocess.CompletedProcess(command, max((agent.returncode for agent in agents), key=abs),
-                                           *("".join(texts) for texts in zip(*ended)))
-    return run
 
 
 def test_resume_is_bit_exact_after_kills_in_both_phases_and_at_the_switch(run_process, tmp_path):
@@ -531,19 +388,6 @@ def test_no_object_is_left_behind_by_a_step(run_process, tmp_path):
     assert len(more) == 2 and max(map(int, more)) < 200, ended.stdout
 
 
-def test_memory_that_a_gpu_lacks_is_refused_with_what_fits(monkeypatch):
-    with torch.device("meta"):
-        model = build("SiT-XL/2", teacher_dim=None)
-    check = partial(checkpoint.check_memory, model, None, None, 256, 1, 1, torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10 * 2**30)
-    for free, message in ((80, "MICRO_BATCHES 1: about 84 GiB needed, 80 free on this GPU; set it to 2$"),
-                          (24, "set it to 8$"), (12, "set it to 256 and ACTIVATION_CHECKPOINTING to True$")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, free * 2**30))
-        with pytest.raises(ValueError, match=message):
-            check(torch.device("cuda"))
-    assert check(torch.device("cpu")) == pytest.approx(84 * 2**30, rel=0.01)
-
-
 TWO = pytest.param(2, marks=pytest.mark.slow)
 
 
@@ -606,24 +450,6 @@ def test_a_run_folder_that_not_all_nodes_see_is_refused(run_process, tmp_path):
     ended = run_process(tmp_path / "run", processes=2, extra="train.RUN_DIR += os.environ['RANK']")
     assert (ended.returncode != 0
             and "rank 1 does not see what rank 0 wrote there; put RUN_DIR on a disk" in ended.stderr)
-
-
-@pytest.mark.slow
-def test_one_script_prepares_trains_and_draws_in_two_processes(run_process, tmp_path, data_dir):
-    """README's own images, under torchrun: every main() joins the processes anew."""
-    before = f"""
-import prepare_latents as p, sample
-p.SOURCE, p.DATA_DIR, p.IMAGE_SIZE = {str(data_dir.parent / "sheet.png")!r}, train.DATA_DIR, 28
-p.VAE, p.WORKERS = None, 0
-p.main()
-"""
-    after = """
-sample.RUN_DIR, sample.OUT, sample.NUM_SAMPLES, sample.STEPS = train.RUN_DIR, train.RUN_DIR + "/samples", 9, 2
-sample.main()
-"""
-    ended = run_process(tmp_path / "run", processes=2, extra=before, after=after, DATA_DIR=str(tmp_path / "data"))
-    assert ended.returncode == 0, ended.stderr
-    assert np.load(tmp_path / "run/samples/samples.npz")["arr_0"].shape == (9, 28, 28, 3)
 
 
 @pytest.mark.slow
@@ -743,7 +569,7 @@ def test_pixels_train_to_the_same_bits_as_when_they_were_stored_in_float16(mode,
     set_constants(monkeypatch, prepare_latents, SOURCE=str(tmp_path / "sheet.png"), DATA_DIR=str(new), IMAGE_SIZE=28,
                   VAE=None, WORKERS=0)
     prepare_latents.main()
-    x = train.sample_latents(prepare_latents.PreparedDataset(new)[np.arange(4)][0], None, None)
+    x = train.sample_latents(PreparedDataset(new)[np.arange(4)][0], None, None)
     assert x.is_contiguous()  # as float16 lay on the disk: GPUs choose their kernels by it
     with_latents(new, old)
     with_latents(new, means, vae=dict(name="of/tests", scale=1.0))
@@ -884,19 +710,6 @@ def test_two_processes_train_jit_alike(run_process, tmp_path):
     assert_close_models(final_state(tmp_path / "one")["ema"], final_state(tmp_path / "two")["ema"])
 
 
-def test_whole_floats_and_none_are_taken_as_users_mean_them(small_run, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    small_run(STEPS=4.0, ALIGN_STEPS=2e0, LOG_EVERY=None, CHECKPOINT_EVERY=0, CHECKPOINTS_KEPT=0, PREVIEW_EVERY=None,
-              RUN_DIR="~/home run")
-    train.main()
-    run = tmp_path / "home run"
-    assert [row["step"] for row in read_log(run)] == ["2", "4"]  # the switch and the end alone
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000004"]
-    small_run(STEPS=8, CHECKPOINT_EVERY=2, CHECKPOINTS_KEPT=None, KEEP_EVERY=None, RUN_DIR="~/home run")
-    train.main()
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000008"]
-
-
 def test_steps_below_what_is_done_say_so(small_run, capsys):
     small_run(STEPS=4)
     train.main()
@@ -925,55 +738,12 @@ def test_nothing_of_others_is_removed(small_run):
     assert not (run / "checkpoints/step_0000400.tmp").exists()
 
 
-def test_a_run_in_which_another_process_works_is_refused(small_run, tmp_path):
-    run = small_run(STEPS=4)
-    train.main()
-    script = f"import prepare_latents, pathlib; lock = prepare_latents.lock_folder(pathlib.Path({str(run)!r}), 'x'); " \
-             f"print(flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    small_run(STEPS=6)
-    with pytest.raises(ValueError, match=f"process {other.pid} on .* is at work here; wait for its end, or choose "
-                                         "another RUN"):
-        train.main()
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    other.kill()  # the lock dies with its process
-    other.wait()
-    train.main()
-    assert (run / "checkpoints/step_0000006").exists()
-
-
 def test_a_teacher_under_another_spelling_is_the_same(small_run, teacher_file, monkeypatch):
     monkeypatch.chdir(teacher_file.parent)
     small_run(STEPS=2, TEACHER=teacher_file.name)
     train.main()
     small_run(STEPS=4, TEACHER=f"./{teacher_file.name}")
     train.main()
-
-
-@pytest.mark.parametrize("error, remedy", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-     "GPU's memory is full; set a smaller BATCH"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "set fewer WORKERS, or 0"),
-    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "no room in /dev/shm"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install one, or set COMPILE = False"),
-])
-def test_what_libraries_raise_becomes_one_line_with_a_remedy(small_run, monkeypatch, error, remedy):
-    def fail(*_):
-        raise error
-
-    small_run()
-    monkeypatch.setattr(train, "compute_losses", fail)
-    with pytest.raises(OSError, match=re.escape(remedy)):
-        train.main()
-
-
-def test_our_own_mistakes_keep_their_kind(small_run, monkeypatch):
-    small_run()
-    monkeypatch.setattr(train, "compute_losses", lambda *_: {}["a mistake"])
-    with pytest.raises(KeyError):
-        train.main()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1085,16 +855,6 @@ def test_other_settings_or_data_are_refused_on_resume(small_run, data_dir, tmp_p
     assert 0 < max((after[name] - before[name]).abs().max() for name in before) < 1e-4
 
 
-def test_scripts_end_bad_input_with_one_line(tmp_path):
-    scripts = ("train.py", "prepare_latents.py", "experiments/train_network.py", "sample.py", "fid.py")
-    started = [subprocess.Popen([sys.executable, str(ROOT / script)], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}) for script in scripts]
-    for script, process in zip(scripts, started):  # the constants' data is not there
-        _, said = process.communicate()
-        assert process.returncode == 1 and said.startswith(f"{Path(script).name}: "), said
-        assert said.count("\n") == 1 and "no such" in said
-
-
 def test_tensorboard_gets_the_log(small_run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -1150,3 +910,161 @@ def test_the_loop_waits_for_the_gpu_only_to_log(small_run, monkeypatch, compile)
         torch.cuda.set_sync_debug_mode("default")
     for steps in (range(7, 12), range(19, 24)):  # in each phase, between two log lines, when all is compiled
         assert waits[steps[0]] == waits[steps[-1]]
+
+
+# ---- identity is content; what does nothing is said; what is open is closed
+
+
+def test_a_run_goes_on_where_data_and_teacher_were_moved(small_run, data_dir, teacher_file, tmp_path):
+    shutil.copyfile(teacher_file, tmp_path / "teacher.safetensors")
+    shutil.copytree(data_dir, tmp_path / "data")
+    small_run(STEPS=2, TEACHER=str(tmp_path / "teacher.safetensors"), DATA_DIR=str(tmp_path / "data"))
+    train.main()
+    (tmp_path / "teacher.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    (tmp_path / "data/meta.json").write_text(json.dumps(dict(meta, source="/another/disk/sheet.png")))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    small_run(STEPS=4, TEACHER=str(tmp_path / "elsewhere.safetensors"), DATA_DIR=str(tmp_path / "moved"))
+    train.main()
+    assert read_log(tmp_path / "run")[-1]["step"] == "4"
+
+
+def test_a_teacher_of_the_same_name_and_other_weights_is_refused(small_run, teacher_file, tmp_path):
+    place = shutil.copyfile(teacher_file, tmp_path / "teacher.safetensors")
+    small_run(STEPS=2, TEACHER=str(place))
+    train.main()
+    with safe_open(place, "pt") as file:
+        header, state = file.metadata(), {key: file.get_tensor(key) + 1 for key in file.keys()}
+    save_file(state, place, metadata=header)
+    small_run(STEPS=4, TEACHER=str(place))
+    with pytest.raises(ValueError, match=r"was made with other settings \(TEACHER "):
+        train.main()
+
+
+def test_a_network_that_changed_under_its_name_is_refused_and_not_called_damaged(small_run, monkeypatch):
+    small_run(STEPS=2)
+    train.main()
+    monkeypatch.setitem(train.MODELS, "SiT-T/4", dict(train.MODELS["SiT-T/4"], hidden_size=64))
+    small_run(STEPS=4)
+    with pytest.raises(ValueError, match=r"other settings \(the network's hidden_size 128, now 64\); set them back"):
+        train.main()
+
+
+def test_raising_align_steps_after_phase_one_is_said(small_run, capsys):
+    small_run(STEPS=8)
+    train.main()
+    said = capsys.readouterr().out
+    assert "changes nothing" not in said and "STEPS 8: EMA_DECAY 0.9 averages over more steps" in said
+    small_run(STEPS=10)
+    train.main()
+    assert "changes nothing" not in capsys.readouterr().out
+    small_run(STEPS=12, ALIGN_STEPS=20)
+    train.main()
+    assert "phase I has ended before step 10, for good: ALIGN_STEPS 20 changes nothing" in capsys.readouterr().out
+
+
+ACTIVE_WANDB = """
+import os
+active = None
+class Run:
+    def __init__(self, settings):
+        self.id, self.step = settings["id"], 0
+        print("PROJECT", settings["project"], settings["name"])
+    def log(self, values, step):
+        print("LOGGED", self.id, step)
+    def finish(self):
+        global active
+        active = None
+        print("FINISHED", self.id)
+def init(**settings):
+    global active
+    active = active or Run(settings)
+    return active
+def log(values, step):
+    active.log(values, step)
+"""
+
+
+def test_each_run_has_a_wandb_run_of_its_own_that_ends_with_it(small_run, monkeypatch, tmp_path, capsys):
+    """By a stand-in for the package, in which init() gives the run that is active, as wandb's does."""
+    (tmp_path / "site/wandb").mkdir(parents=True)
+    (tmp_path / "site/wandb/__init__.py").write_text(ACTIVE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in ("first", "second"):
+        small_run(TRACKER="wandb", STEPS=3, ALIGN_STEPS=0, RUN_DIR=str(tmp_path / name))
+        train.main()
+        monkeypatch.setenv("WANDB_PROJECT", "thesis")
+        monkeypatch.setenv("WANDB_NAME", "mine")
+    said = capsys.readouterr().out
+    assert re.findall("PROJECT (.*)", said) == ["nanohaste first", "thesis mine"]
+    assert len(set(re.findall("LOGGED (.*) 3", said))) == 2 == len(set(re.findall("FINISHED (.*)", said)))
+    small_run(TRACKER="wandb", RUN_DIR=str(tmp_path / "third"), MAX_SKIPPED=1, LOG_EVERY=1, LEARNING_RATE=1e30)
+    with pytest.raises(FloatingPointError):
+        train.main()
+    assert "FINISHED" in capsys.readouterr().out  # however it ends
+
+
+def test_the_run_keeps_the_file_that_ran_and_its_ema_no_path(small_run, tmp_path, monkeypatch):
+    copy = tmp_path / "train_mine.py"
+    text = (ROOT / "train.py").read_text().replace('"""Trains', '"""My own: trains')
+    copy.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("train_mine")
+    run = small_run(STEPS=2, ALIGN_STEPS=0)
+    set_constants(monkeypatch, mine, **{name: getattr(train, name) for name in small_constants("", "", "")})
+    mine.main()
+    assert (run / "train_mine.py").read_text() == text and not (run / "train.py").exists()
+    with safe_open(run / "ema.safetensors", "pt") as file:
+        settings = file.metadata()["settings"]
+    assert str(tmp_path) not in settings and json.loads(settings)["RUN_DIR"] == "run"
+    assert load_model(run)[1]["RUN_DIR"] == str(run)  # which beside the run is still known
+
+
+def test_a_checkpoint_that_is_in_place_is_not_called_unwritten(small_run, monkeypatch, capsys):
+    def fail(path, *_, **__):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(runtime.shutil, "rmtree", fail)
+    run = small_run(STEPS=4, ALIGN_STEPS=0, CHECKPOINTS_KEPT=1)
+    train.main()
+    said = capsys.readouterr().out
+    assert "not written" not in said and "step_0000002: could not be removed (Directory not empty), and may be" in said
+    assert (run / "checkpoints/step_0000004/ema.safetensors").exists()
+
+
+def test_a_full_disk_is_called_so(small_run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise CheckpointException("enforce fail at inline_container.cc", {})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    small_run(STEPS=2, ALIGN_STEPS=0)
+    with pytest.raises(OSError, match="checkpoint not written .the disk is full: 0 MiB are free.; make room"):
+        train.main()
+
+
+def test_large_noise_is_drawn_by_those_who_need_it_alike_for_any_number(monkeypatch):
+    set_constants(monkeypatch, train, BATCH_SIZE=48, NOISE_SCALE=2.0)
+    shape, drawn = (3, 256, 256), []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: drawn.append(size[0]) or randn(*size, **options))
+    posterior, noise, *uniform = train.draw_noise(3, shape, 0, 1, "cpu", 1, True)
+    assert posterior is None and noise.shape == (48, *shape) and noise.std().item() == pytest.approx(2, abs=0.01)
+    for world in (2, 3, 8):
+        drawn.clear()
+        parts = [train.draw_noise(3, shape, rank, world, "cpu", 1, True) for rank in range(world)]
+        assert torch.equal(torch.cat([part[1] for part in parts]), noise) and set(drawn) == {16}
+        assert len(drawn) <= 2 * 48 / 16 + world  # blocks of 16, few of them twice
+        assert all(torch.equal(torch.cat([part[2 + i] for part in parts]), uniform[i]) for i in (0, 1))
+    assert not torch.equal(noise[:16], noise[16:32])
+    assert train.draw_noise(3, shape, 0, 48, "cpu")[0] is not None  # latents: as ever
+
+
+def test_many_runs_in_one_process_each_compile_as_the_first_did(small_run, monkeypatch, tmp_path):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, **{**options, "backend": "eager"}))
+    for batch in range(1, 11):  # PyTorch compiles a function 8 times
+        small_run(RUN_DIR=str(tmp_path / str(batch)), BATCH_SIZE=batch, STEPS=1, ALIGN_STEPS=0, COMPILE=True)
+        train.main()
+    assert (tmp_path / "10/ema.safetensors").exists()

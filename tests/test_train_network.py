@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-import train_network
+from experiments import train_network
 from teacher import Teacher, load_network
 
 
