@@ -11,11 +11,9 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -23,14 +21,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checks import NETWORKS, differ, names_alone, same, told_apart, weights_checksum
-from model import MODELS, make_network
+from model import make_network
+from published import published_settings, read_weights, with_our_names
 from runtime import lock_folder, opened, remove_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
@@ -229,47 +228,6 @@ def open_tracker(tracker, run, settings, step):
 
 
 # ----- models to sample from: ours and published ones ---------------------------------------------
-def published_settings(state):
-    """Settings for a published checkpoint, read off the names and shapes of its weights. Raises KeyError for others."""
-    of_pixels = "x_embedder.proj1.weight" in state  # a JiT
-    width, channels, patch, _ = state["x_embedder.proj1.weight" if of_pixels else "x_embedder.proj.weight"].shape
-    _, N, hidden = state["pos_embed"].shape
-    depth = len({key.split(".")[1] for key in state if key.startswith(("blocks.", "joint_blocks."))})
-    known = {(m["hidden_size"], m["depth"]): m for m in MODELS.values() if ("bottleneck_dim" in m) == of_pixels}
-    sit = dict(input_size=round(N**0.5) * patch, patch_size=patch, in_channels=channels, hidden_size=hidden,
-               depth=depth, num_heads=known[hidden, depth]["num_heads"])
-    learn_sigma = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
-    if "context_embedder.weight" in state:
-        sit["context_dim"] = state["context_embedder.weight"].shape[1]
-    else:
-        sit.update(num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1, class_dropout_prob=0.1)
-        if of_pixels:
-            sit.update(bottleneck_dim=width, in_context_len=state["in_context_posemb"].shape[1],
-                       in_context_start=known[hidden, depth].get("in_context_start", 4))
-        else:
-            sit.update(qk_norm="blocks.0.attn.q_norm.weight" in state, learn_sigma=learn_sigma)
-    # SiT's first release has its time run the other way, from noise to data
-    return dict(sit=sit, PATH="linear", time_from_noise=learn_sigma, LABEL_DROPOUT=0.1,
-                NOISE_SCALE=sit["input_size"] / 256 if of_pixels else 1.0,
-                TEXT_ENCODER="openai/clip-vit-large-patch14", TEXT_LENGTH=77,
-                data=dict(vae=None if of_pixels else dict(name="stabilityai/sd-vae-ft-ema", scale=0.18215)))
-
-
-def read_weights(path, average):
-    """(weights by name, the settings in the file's header or None) of a checkpoint, without running code in it."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("settings", "null"))
-            return {key: file.get_tensor(key) for key in file.keys()}, with_places(settings, path.parent)
-    # of what else pickles may hold, only their training arguments' class is let in, for which this stands
-    namespace = type("Namespace", (), dict(__module__="argparse"))
-    with torch.serialization.safe_globals([namespace]):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if average is None:
-        state = state.get("ema", state)
-    return state.get(average or "model_ema1", state), None
-
-
 def with_places(settings, folder):
     """A header's settings, or the run's folder's around it, which say where VAE and text encoder lie."""
     for file in (folder / "settings.json", folder / "progress.json"):
@@ -278,15 +236,6 @@ def with_places(settings, folder):
             known = known.get("settings", known)
             settings = known if known["sit"] == settings["sit"] else settings
     return settings
-
-
-def with_our_names(state):
-    """Published weights by the names that ours have, without the projector's."""
-    state = {re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", key): value for key, value in state.items()}
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    after = lambda found: f"blocks.{depth + int(found[1])}"  # REPA's first files number these anew
-    return {re.sub(r"^decoder_blocks\.(\d+)", after, key): value for key, value in state.items()
-            if not key.startswith("projectors.")}
 
 
 def load_model(path, average=None):
@@ -305,7 +254,7 @@ def load_model(path, average=None):
     unexpected = []
     try:
         state, settings = read_weights(path, average)
-        state = with_our_names(state)
+        settings, state = with_places(settings, path.parent), with_our_names(state)
         unexpected = sorted(state)
         settings = settings or published_settings(state)
         model = make_network({**settings["sit"], "teacher_dim": None})

@@ -2,9 +2,11 @@
 and networks, which are known by their checksums, wherever they lie."""
 
 import hashlib
+import importlib.util
 import numbers
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,42 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
     if differing:
         raise ValueError(f"{folder}: {state} with other settings ({'; '.join(differing)}); "
                          f"set them back, choose another {constant} or delete the folder")
+
+
+def comparable(settings):
+    """The settings, but for what makes no difference: a path's spelling, and which of Stable
+    Diffusion's two fine-tuned VAEs, whose encoder is the same, so that a folder serves both. What
+    folders of earlier versions do not say is what these did."""
+    settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, **settings}
+    captions = settings["captions_source"]
+    return dict(settings, source=os.path.realpath(settings["source"]),
+                captions_source=captions and os.path.realpath(captions),
+                vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
+
+
+def check_space(folder, crops, count, latents_bytes):
+    """Raises ValueError unless the disk has room for `latents_bytes` and `count` more packed images, by a sample."""
+    total = len(crops.source.labels)
+    _, packed, _ = crops[np.unique(np.linspace(0, total - 1, 32).astype(int))]
+    sizes = [len(file) for file in packed if file] or [0]
+    needed = latents_bytes + int(1.1 * count * sum(sizes) / len(sizes))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: needs {needed:,} bytes, {free:,} are free; make room or choose another DATA_DIR")
+
+
+def check_sets(samples, reference, kept):
+    """Raises ValueError for fid.py's ImageSets that cannot be compared, or too few images for precision and recall."""
+    if reference.count and samples.size != reference.size:
+        raise ValueError(f"{samples.path}: images of {samples.size[1]} x {samples.size[0]} pixels, those of "
+                         f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
+    if reference.count and kept < 4:
+        raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
+
+
+def is_installed(package):
+    found = importlib.util.find_spec(package)
+    return found is not None and bool(found.origin)  # a folder of that name is no package
 
 
 def are_pairs(values):

@@ -33,9 +33,9 @@ class PreparedDataset:
 
     Without a VAE the moments are the images' pixels, uint8 [B, C, H, W] (C 1 for grayscale), decoded once for both.
     `dataset[indices, draws]`, draws in 0..1, has the number of a caption of each image, int64 [B], in place of labels.
-    Index i + N is image i mirrored left to right; with a VAE only if `mirrored` is not None. Large files are
-    memory-mapped. With `with_images=False` images are None, and with a VAE their files are not opened. `captions` is
-    None, or all, in order. Raises ValueError where the folder is missing, unfinished or damaged.
+    Index i + N is image i mirrored left to right; with a VAE only if `mirrored` is not None. Large files are memory
+    maps. With `with_images=False` images are None, and with a VAE their files are not opened. `captions` is None, or
+    all, in order. Raises ValueError where the folder is missing, unfinished or damaged.
     """
 
     def __init__(self, path, with_images=True):
@@ -90,7 +90,7 @@ class PreparedDataset:
     def __len__(self):
         return len(self.labels)
 
-    def __reduce__(self):  # a worker process opens the files itself; pickling a memory map would copy the data set
+    def __reduce__(self):  # a worker process opens the files itself: pickled, a memory map is a copy
         return PreparedDataset, (self.path, self.with_images)
 
     def images(self, rows):

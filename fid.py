@@ -17,7 +17,6 @@ import re
 import signal
 import zipfile
 import zlib
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +35,11 @@ from tqdm import tqdm
 
 import teacher
 from archives import list_folder
-from checks import check_constants
+from checks import check_constants, check_sets
 from dataset import PreparedDataset, new_batch, open_loader
 from images import image_names, read_image, upright_size
 from inception import INCEPTION_URL, load_inception
+from labels import by_numbers
 from runtime import check_writable, ends_in_one_line, run_script, start_processes, write_atomically
 
 # what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by
@@ -221,7 +221,7 @@ class ImageSet(NamedTuple):
     count: int
     size: tuple  # height, width
     stored: dict  # statistics in the file
-    batches: Callable  # (rank, world) -> (index of the first, uint8 [B, 3, H, W]) of every world-th batch; or None
+    batches: object  # a function (rank, world) -> (index of the first, uint8 [B, 3, H, W]) of every world-th batch
 
 
 def split(count, world):
@@ -265,12 +265,6 @@ def open_npz(path, may_be_statistics):
     return ImageSet(path, shape[0], shape[1:3], stored, batches)
 
 
-def by_numbers(name):
-    """What sorts names by their words and numbers."""
-    parts = [re.split(r"([0-9]+)", folder) for folder in name.split("/")]
-    return [[int(part) if i % 2 else part for i, part in enumerate(folder)] for folder in parts]
-
-
 class ImageFolder:
     """Images of any format and one size below a folder, in the order of their paths, or, where they have prompts
     (CLIP), of the numbers in these: 2 before 10. `folder[rows]` is a tuple of one uint8 [B, 3, H, W]. Raises ValueError
@@ -278,9 +272,8 @@ class ImageFolder:
 
     def __init__(self, root):
         names = image_names(list_folder(root))
-        numbered = sorted(names, key=by_numbers)
-        if CLIP and numbered != names:
-            names = numbered
+        if CLIP and names != sorted(names, key=by_numbers):
+            names.sort(key=by_numbers)
             print(f"{root}: images in the order of the numbers in their names, {names[0]}, {names[1]}, ...")
         self.size, self.files = None, [Path(root, name) for name in names]
         for file in self.files:  # headers alone: 40,000 a second
@@ -341,8 +334,7 @@ def read_prompts(images):
         return [data.captions[first] for first in data.caption_offsets[:-1]]
     file = (images.path if images.path.is_dir() else images.path.parent) / "prompts.txt"
     try:
-        lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")  # splitlines() knows other ends
-        prompts = [line.removesuffix("\r") for line in lines]
+        prompts = re.split("\r?\n", file.read_bytes().decode("utf-8-sig").removesuffix("\n").removesuffix("\r"))
         if len(prompts) != images.count:
             raise ValueError(f"{len(prompts)} lines")
         return prompts
@@ -449,14 +441,6 @@ def measure_reference(images, kept, features, network, device, rank, world):
 
 
 # ----- the evaluation -----------------------------------------------------------------------------
-def check_sets(samples, reference, kept):
-    if reference.count and samples.size != reference.size:
-        raise ValueError(f"{samples.path}: images of {samples.size[1]} x {samples.size[0]} pixels, those of "
-                         f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
-    if reference.count and kept < 4:
-        raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
-
-
 def compute_metrics(real, fake, samples, reference):
     """(label, {metric: value}, {how: they were computed}) of what measure() found."""
     distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
@@ -502,8 +486,7 @@ def main():
         "whole number from 0": "WORKERS PRECISION_RECALL_IMAGES", "whole number from 1": "BATCH_SIZE DISTANCES",
         "whole number from 1 or None": "FEATURES_SIZE"}, RESIZE=("tf1", "bilinear"))
     samples, reference = open_images(SAMPLES, "SAMPLES"), open_images(REFERENCE, "REFERENCE")
-    names = (samples.path.stem, reference.path.stem, Path(FEATURES).stem)
-    out = OUT or samples.path.resolve().parent / f"{'.'.join(names)}.json"
+    out = OUT or samples.path.with_name(f"{samples.path.stem}.{reference.path.stem}.{Path(FEATURES).stem}.json")
     if rank == 0:
         check_writable(out)
     kept = min(reference.count, PRECISION_RECALL_IMAGES or reference.count)
@@ -534,7 +517,7 @@ def main():
     real = {**real, **stored}
 
     # metrics, and how they were made
-    packages = ("torch", "timm", "numpy", "scipy", "pillow") + ("transformers",) * bool(CLIP)
+    packages = ("torch", "timm", "numpy", "scipy", "pillow", *["transformers"] * bool(CLIP))
     how = dict(network, **clip, samples=samples.path, sample_count=samples.count, reference=reference.path,
                reference_count=reference.count, reference_stored=list(stored), reference_cache=cache,
                precision_recall_reference_count=kept, batch_size=BATCH_SIZE, processes=world, device=device,

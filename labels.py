@@ -110,3 +110,9 @@ def tree_root(names, top, captioned):
             break
         top += f"{shared.pop()}/"
     return top
+
+
+def by_numbers(name):
+    """What sorts names by their words and numbers."""
+    parts = [re.split(r"([0-9]+)", folder) for folder in name.split("/")]
+    return [[int(part) if i % 2 else part for i, part in enumerate(folder)] for folder in parts]

@@ -4,21 +4,16 @@
     torchrun --nproc_per_node=8 prepare_latents.py          # on eight GPUs
     prepare_latents.SOURCE = ...; prepare_latents.main()    # anything else, from a Python file of yours
 
-SOURCE is told apart by what it is: a folder with one folder of images per class; a zip or an uncompressed tar of such
-a tree; a tar of one tar per class (ILSVRC2012_img_train.tar); parquet files; the folder that REPA's and HASTE's
-preprocessing wrote; a sprite sheet; images with captions: COCO's (CAPTIONS), or any with a .txt (one caption a line)
-or .json ("caption") beside each, webdataset's tars among them. Archives are read in place.
-
-A prepared folder is a few large files that memory-map (see dataset.PreparedDataset); meta.json is
-written last, so a folder without it is unfinished, and the same command goes on where it stopped.
+SOURCE is told apart by what it is: a folder, zip or tar with one folder of images per class; a tar of one tar per
+class (ILSVRC2012_img_train.tar); webdataset's tars; parquet files; a sprite sheet; what REPA's and HASTE's code wrote;
+images with captions, COCO's (CAPTIONS) or in a .txt or .json beside each. Archives are read in place. meta.json
+is written last: a folder without it is unfinished, and the same command goes on (see dataset.PreparedDataset).
 """
 
-import io
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -37,9 +32,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checks import check_constants, check_webp, refuse_other
+from checks import check_constants, check_space, check_webp, comparable, refuse_other
 from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
-from images import ImageFiles, PublishedLatents, center_crop, open_source, square_crop
+from images import ImageFiles, PublishedLatents, center_crop, open_source, pack, square_crop
 from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
 from vae import SCALE, load_vae
 
@@ -69,13 +64,6 @@ CHECK_TOLERANCE = 0.02  # root mean square of the difference from their latents,
 
 
 # ----- what workers do ----------------------------------------------------------------------------
-def pack(image):
-    """The image's file in images.bin: lossless WebP, a third of PNG's time to write and half of its time to read."""
-    file = io.BytesIO()
-    image.save(file, "WEBP", lossless=True, method=0, quality=0)
-    return file.getvalue()
-
-
 class Crops:
     """What the workers do: `crops[indices]` is a batch, (tensor, packed images, notes).
 
@@ -175,17 +163,6 @@ def prepare_chunks(plan, device, rank, world):
 
 
 # ----- planning -----------------------------------------------------------------------------------
-def comparable(settings):
-    """The settings, but for what makes no difference: a path's spelling, and which of Stable
-    Diffusion's two fine-tuned VAEs, whose encoder is the same, so that a folder serves both. What
-    folders of earlier versions do not say is what these did."""
-    settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, **settings}
-    captions = settings["captions_source"]
-    return dict(settings, source=os.path.realpath(settings["source"]),
-                captions_source=captions and os.path.realpath(captions),
-                vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
-
-
 def describe(source):
     """Prints what was understood of a source before the work starts."""
     classes, counts = source.classes, np.bincount(source.labels, minlength=len(source.classes))
@@ -237,10 +214,8 @@ def open_vae(source, device):
 
 
 class Plan:
-    """A source, the folder that it becomes, and the chunks of images in which it does; what is done of them.
-
-    Raises ValueError where another source, or other settings, began the folder.
-    """
+    """A source, the folder that it becomes, and the chunks of images in which it does; what is done of them. Raises
+    ValueError where another source, or other settings, began the folder."""
 
     def __init__(self, folder, settings, device):
         self.folder, self.unfinished, self.settings = folder, folder / "unfinished", settings
@@ -268,7 +243,6 @@ class Plan:
         self.missing_images = sum(len(self.chunks[number]) for number in self.missing)
 
     def record_of(self, number):
-        """The file that says that a chunk is made."""
         return self.unfinished / f"{number:06d}.json"
 
     def is_missing(self, number):
@@ -281,17 +255,6 @@ class Plan:
         state = self.source.captions_state(rows)
         changed = self.removed[list(rows)].any() or said.get("captions_state", state) != state
         return changed or bool(said["reasons"] and not LEAVE_OUT_UNREADABLE)
-
-
-def check_space(folder, crops, count, latents_bytes):
-    """Raises ValueError unless the disk has room for `latents_bytes` and `count` more packed images, by a sample."""
-    total = len(crops.source.labels)
-    _, packed, _ = crops[np.unique(np.linspace(0, total - 1, 32).astype(int))]
-    sizes = [len(file) for file in packed if file] or [0]
-    needed = latents_bytes + int(1.1 * count * sum(sizes) / len(sizes))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{folder}: needs {needed:,} bytes, {free:,} are free; make room or choose another DATA_DIR")
 
 
 def begin(plan):
@@ -316,10 +279,8 @@ def begin(plan):
 
 # ----- joining ------------------------------------------------------------------------------------
 def judge(plan, records, kept, rank, wait_for_all):
-    """Lists the images that could not be read, or have no caption, in unreadable.txt; returns how many.
-
-    Raises ValueError if they may not be left out, or if no image is left.
-    """
+    """Lists the images that could not be read, or have no caption, in unreadable.txt; returns how many. Raises
+    ValueError if they may not be left out, or if no image is left."""
     reasons = {name: reason for record in records for name, reason in record["reasons"].items()}
     file = plan.folder / "unreadable.txt"
     if rank == 0:
@@ -411,11 +372,8 @@ def report(plan, meta, seconds, unreadable):
 
 # ----- checking -----------------------------------------------------------------------------------
 def check(folder):
-    """Compares a finished folder with its checksums, and if it has latents, CHECK_IMAGES of its
-    images, encoded again, with these.
-
-    Raises ValueError that names the file and the images where they differ.
-    """
+    """Compares a finished folder with its checksums, and if it has latents, CHECK_IMAGES of its images, encoded again,
+    with these. Raises ValueError that names the file and the images where they differ."""
     data, first = PreparedDataset(folder), 0
     for count, checksums in tqdm(data.meta["chunks"], desc=f"{folder}: checksums", unit="chunk"):
         last = first + count

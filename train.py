@@ -9,7 +9,6 @@ The constants below are the paper's ImageNet 256x256 run. The same command again
 """
 
 import gc
-import importlib.util
 import math
 import os
 import signal
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import checkpoint
 import costs
-from checks import are_pairs, check_constants, too_short_for_ema
+from checks import are_pairs, check_constants, is_installed, too_short_for_ema
 from dataset import PreparedDataset, open_loader
 from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
 from model import MODELS, interpolate, make_network
@@ -156,17 +155,13 @@ def batch_indices(step, count, rank, world):
     return images + count * (MIRROR & mirrored[part])
 
 
-def caption_draws(step, rank, world):
-    """Which of its captions each image of this rank's part comes with: draws [B] in 0..1."""
-    return np.random.default_rng((SEED, 6, step)).random(BATCH_SIZE)[part_of(rank, world)]
-
-
 def open_batches(data, steps, rank, world, device):
     """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the
     device. Labels are class ids, or for a model that takes text the numbers of captions."""
     def chosen(step):
         images = batch_indices(step, len(data), rank, world)
-        return (images, caption_draws(step, rank, world)) if "context_dim" in MODELS[MODEL] else images
+        draws = np.random.default_rng((SEED, 6, step)).random(BATCH_SIZE)[part_of(rank, world)]  # of its captions
+        return (images, draws) if "context_dim" in MODELS[MODEL] else images
 
     loader = open_loader(data, map(chosen, steps), WORKERS, device)  # whose processes begin at once
     return ([part if part is None else part.to(device, non_blocking=True) for part in batch] for batch in loader)
@@ -207,9 +202,8 @@ def spread_times(u):
 
 # ----- model over GPUs, optimiser, EMA ------------------------------------------------------------
 def shard(model, device, world, shards, dtype):
-    """Spreads the model over all processes (FSDP2): float32 weights, gathered in `dtype` four blocks at a
-    time, of single ones the CPU makes too much work. Each group of `shards` neighbouring ranks holds the
-    weights once; this rank's group is returned."""
+    """Spreads the model over all processes (FSDP2): float32 weights, gathered in `dtype` four blocks at a time, of single
+    ones the CPU makes too much work. Each group of `shards` neighbouring ranks holds all; this rank's is returned."""
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
     # Under autocast the residual stream and what lies outside the blocks stay float32.
@@ -273,10 +267,8 @@ def check_settings(world):
 
     arguments = MODELS[MODEL]
     depth, parts = arguments["depth"], world * MICRO_BATCHES
-    if TRACKER:
-        package = importlib.util.find_spec(TRACKER)
-        if package is None or not package.origin:  # a folder of that name is no package
-            raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
+    if TRACKER and not is_installed(TRACKER):
+        raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
     if BATCH_SIZE % parts:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} "
                          f"MICRO_BATCHES; the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
@@ -300,9 +292,8 @@ def check_settings(world):
 def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
-    HASTE's measure of when the teacher starts to hinder: on the run's first CONFLICT_IMAGES images, in
-    whole batches, at each time in CONFLICT_TIMES. The same on all ranks, for any number of them.
-    """
+    HASTE's measure of when the teacher starts to hinder: on the run's first CONFLICT_IMAGES images, in whole batches, at
+    each time in CONFLICT_TIMES. The same on all ranks."""
     block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
     steps = range(max(1, CONFLICT_IMAGES // BATCH_SIZE))
     batches = list(open_batches(data, steps, rank, world, device))
@@ -436,9 +427,9 @@ def main():
             checkpoint.append(run / "log.txt", text)
 
     micro = BATCH_SIZE // world // MICRO_BATCHES
-    drawn = BATCH_SIZE if drawn_whole(data.shape, data.vae is None) else BATCH_SIZE // world  # images of two noises
-    memory = costs.check_memory(model, teacher, captions, BATCH_SIZE // world, MICRO_BATCHES, shards, precision, device,
-                                noise=8 * drawn * math.prod(data.shape))
+    share = BATCH_SIZE // world
+    noise = 8 * math.prod(data.shape) * (BATCH_SIZE if drawn_whole(data.shape, data.vae is None) else share)
+    memory = costs.check_memory(model, teacher, captions, share, MICRO_BATCHES, shards, precision, device, noise)
     peak_rate = world * costs.matrix_rate(device, precision)
     flops = costs.flops_per_image(model, teacher, captions)
     log(f"{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
