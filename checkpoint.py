@@ -142,9 +142,10 @@ def find(run, settings, frozen):
     if not differing:  # the names are the same, but not what they stand for
         differing = [(f"the network's {key}", value, settings["sit"][key]) for key, value in saved["sit"].items()
                      if value != settings["sit"].get(key, value)]
-    if not same(saved, settings, "data"):
-        differing += [(f"the data's {key}", value, settings["data"].get(key)) for key, value in saved["data"].items()
-                      if value != settings["data"].get(key)]
+    before, now = saved["data"], settings["data"]
+    if same(saved, settings, "data"):  # wherever their source and VAE lie
+        before, now = ({**data, "source": None, "vae": data["vae"] and data["vae"]["scale"]} for data in (before, now))
+    differing += [(f"the data's {key}", before[key], now.get(key)) for key in before if before[key] != now.get(key)]
     if differing:
         told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)
         raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")

@@ -41,7 +41,7 @@ def checked(name, value, rule):
             raise refused
         return value
     if rule.startswith("list"):
-        if not isinstance(value, (list, tuple, range)):
+        if not isinstance(value, (list, tuple, range, np.ndarray)):
             raise refused
         return value
     if rule.startswith("path"):
@@ -51,7 +51,7 @@ def checked(name, value, rule):
 
     two, whole, many, bound, low, high = re.match(
         r"(two )?(whole )?number(s)? (from|above) (\S+)(?: to (\S+))?", rule).groups()
-    found = list(value) if many and isinstance(value, (tuple, list, range, np.ndarray)) else [value]
+    found = list(value) if many and isinstance(value, (tuple, list)) else [value]
     if whole and low == "0":  # None stands for never, or none
         found = [0 if each is None else each for each in found]
 

@@ -275,7 +275,7 @@ def check_settings():
         "path": "RUN_DIR", "path or None": "CHECKPOINT VAE EMA TEXT_ENCODER OUT", "number above 0": "TOLERANCE",
         "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
         "number from 0": "CFG_SCALE", "two numbers from 0 to 1": "GUIDANCE",
-        "two whole numbers from 0 or None": "GRID", "whole numbers from 0 or None": "CLASSES", "list": "COMPARE",
+        "two whole numbers from 0 or None": "GRID", "list or None": "CLASSES", "list": "COMPARE",
         "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"),
         SOLVER=("euler", "heun", "adaptive"), CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
     if GUIDANCE[0] > GUIDANCE[1]:

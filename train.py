@@ -202,8 +202,8 @@ def spread_times(u):
 
 # ----- model over GPUs, optimiser, EMA ------------------------------------------------------------
 def shard(model, device, world, shards, dtype):
-    """Spreads the model over all processes (FSDP2): float32 weights, gathered in `dtype` four blocks at a time, of single
-    ones the CPU makes too much work. Each group of `shards` neighbouring ranks holds all; this rank's is returned."""
+    """Spreads the model over all processes (FSDP2): float32 weights, gathered in `dtype` four blocks at a time, as
+    single ones cost the CPU too much. Each group of `shards` neighbouring ranks holds all; this rank's is returned."""
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh if world > shards else mesh["shard"], reshard_after_forward=SHARDING == "zero3")
     # Under autocast the residual stream and what lies outside the blocks stay float32.
@@ -292,8 +292,8 @@ def check_settings(world):
 def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
     """Mean cosine between the gradients of the denoising and of the alignment loss on block ALIGN_DEPTH.
 
-    HASTE's measure of when the teacher starts to hinder: on the run's first CONFLICT_IMAGES images, in whole batches, at
-    each time in CONFLICT_TIMES. The same on all ranks."""
+    HASTE's measure of when the teacher starts to hinder: on the run's first CONFLICT_IMAGES images, in whole batches,
+    at each time in CONFLICT_TIMES. The same on all ranks."""
     block = list(model.blocks[ALIGN_DEPTH - 1].parameters())
     steps = range(max(1, CONFLICT_IMAGES // BATCH_SIZE))
     batches = list(open_batches(data, steps, rank, world, device))

@@ -10,7 +10,7 @@ import fid
 import prepare_latents
 import sample
 import train
-from checks import check_constants, names_alone, told_apart, too_short_for_ema, weights_checksum
+from checks import names_alone, told_apart, too_short_for_ema, weights_checksum
 from tests.conftest import read_log
 
 SCRIPTS = (fid, prepare_latents, sample, train)
@@ -47,12 +47,6 @@ def test_a_single_value_where_a_list_is_meant_is_one_line(script, name, monkeypa
     monkeypatch.setattr(script, name, "x" if name == "CONFLICT_TIMES" else 3)
     with pytest.raises(ValueError, match=f"^{name} = .*; allowed: "):
         script.main()
-
-
-def test_one_class_is_a_list_of_one(monkeypatch):
-    constants = dict(CLASSES=3)
-    check_constants(constants, {"whole numbers from 0 or None": "CLASSES"})
-    assert constants["CLASSES"] == (3,)
 
 
 def test_long_values_are_told_apart_by_where_they_differ():
