@@ -131,7 +131,7 @@ class ImageFiles(Source):
     None where there are none. Raises ValueError for a source without images, or one whose labels are not certain.
     """
 
-    texts = None
+    texts, texts_found = None, 0
 
     def __init__(self, root, inner="", captions=None):
         self.root, top = Path(root), f"{inner}/" if inner else ""
@@ -383,6 +383,7 @@ class SpriteSheet(Source):
                              f"tiles, equally many for {len(self.classes)} classes; set SHEET_TILE and SHEET_CLASSES")
         self.labels = np.repeat(np.arange(len(self.classes)), rows // len(self.classes) * self.columns)
         self.fingerprint = zlib.crc32(self.sheet.tobytes())
+
     def name(self, i):
         return f"{self.path}, tile {i}"
 

@@ -413,9 +413,10 @@ def is_finished(folder, settings):
     if not (folder / "meta.json").exists():
         return False
     finished = PreparedDataset(folder).meta
-    if CAPTIONS and Path(CAPTIONS).is_file() and "captions_checksum" in finished:
-        settings = dict(settings, captions_checksum=zlib.crc32(Path(CAPTIONS).read_bytes()))
-    refuse_other(folder, "finished", comparable(finished), comparable(settings))
+    checksum = finished.get("captions_checksum")
+    if CAPTIONS and checksum and Path(CAPTIONS).is_file():
+        checksum = zlib.crc32(Path(CAPTIONS).read_bytes())
+    refuse_other(folder, "finished", comparable(finished), comparable(dict(settings, captions_checksum=checksum)))
     if os.environ.get("RANK", "0") == "0":
         if (folder / "unfinished").exists():
             remove_folder(folder / "unfinished")

@@ -369,7 +369,7 @@ def main():
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
 
-    prolonged = not aligning and step < ALIGN_STEPS != progress["settings"]["ALIGN_STEPS"]
+    prolonged = not aligning and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS")
     if phase_one_is_over() or not (FEATURE_WEIGHT or ATTENTION_WEIGHT):
         aligning = False  # once False, for good
 
@@ -426,8 +426,8 @@ def main():
             tqdm.write(text)
             checkpoint.append(run / "log.txt", text)
 
-    micro = BATCH_SIZE // world // MICRO_BATCHES
     share = BATCH_SIZE // world
+    micro = share // MICRO_BATCHES
     noise = 8 * math.prod(data.shape) * (BATCH_SIZE if drawn_whole(data.shape, data.vae is None) else share)
     memory = costs.check_memory(model, teacher, captions, share, MICRO_BATCHES, shards, precision, device, noise)
     peak_rate = world * costs.matrix_rate(device, precision)

@@ -565,6 +565,15 @@ def test_captions_corrected_after_the_end_are_said(prepare, tmp_path):
         prepare(**coco, LEAVE_OUT_UNREADABLE=True)
 
 
+@pytest.mark.parametrize("beside", [".txt", ".json", None])
+def test_a_finished_folder_with_captions_is_left_alone(tree, prepare, capsys, beside):
+    for path in [path for path in tree.rglob("*.*") if beside and path.suffix != ".txt"]:
+        path.with_suffix(beside).write_text("x" if beside == ".txt" else '{"caption": "x"}')
+    for _ in range(2):
+        prepare(SOURCE=str(tree))
+    assert "already finished, 5 images; nothing to do" in capsys.readouterr().out
+
+
 def test_a_source_that_was_moved_is_the_same(tree, prepare):
     (tree / "n01/bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="could not be read"):
