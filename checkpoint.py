@@ -80,6 +80,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor):
+    """This rank's shard of a DTensor, the same memory; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_ema(ema):
     """A copy of the EMA in rank 0's host memory; {} elsewhere. Every process takes part."""
     rank = dist.get_rank() if dist.is_initialized() else 0

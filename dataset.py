@@ -155,16 +155,14 @@ def new_batch(*shape):
 def open_loader(dataset, batches, workers, device):
     """Iterator over dataset[indices] of the batches of indices, read ahead by so many processes."""
     workers = min(workers, os.cpu_count())
-    # by fork, whatever Python's default: a script needs no __main__ guard then
-    context = "fork" if workers and sys.platform == "linux" else None
+    context = "fork" if workers and sys.platform == "linux" else None  # whatever Python's: it needs no __main__ guard
     return iter(DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
                            multiprocessing_context=context, worker_init_fn=leave_process_group,
                            pin_memory=device.type == "cuda"))
 
 
 def leave_process_group(_):
-    """For loaders' processes: a signal to the whole group (Ctrl-C, torchrun's SIGTERM) is for their
-    parent, which ends them when it has saved its work."""
+    """For loaders' processes: a signal to the whole group is for their parent, which ends them when it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in STOP_SIGNALS - {signal.SIGINT}:
         signal.signal(number, signal.SIG_DFL)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import teacher
 from archives import list_folder
-from checks import check_constants, check_sets
+from checks import check_constants, check_sets, weights_checksum
 from dataset import PreparedDataset, new_batch, open_loader
 from images import image_names, read_image, upright_size
 from inception import INCEPTION_URL, load_inception
@@ -61,7 +61,6 @@ DISTANCES = 2**26  # distances between features in memory at once; 2**26 are 256
 
 
 # ----- metrics ------------------------------------------------------------------------------------
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu [D], sigma [D, D].
 
@@ -156,7 +155,7 @@ def load_features(device):
             return network.forward_head(x, pre_logits=True).flatten(1), None, None
 
         network.to(device)
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else sha256_of(network)
+    digest = weights_checksum(file) if file else sha256_of(network)
     try:
         if FEATURES != "inception" and size != own_size and hasattr(network, "set_input_size"):
             if size % network.patch_embed.patch_size[0]:
@@ -211,7 +210,6 @@ def load_clip(features, device):
 
 
 # ----- images -------------------------------------------------------------------------------------
-
 MALFORMED = (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 STORED = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # in ADM's reference files
 
@@ -344,8 +342,6 @@ def read_prompts(images):
 
 
 # ----- their statistics ---------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def measure(name, images, kept, features, device, rank, world):
     """One pass over all images: on rank 0 their mean and covariance (N - 1) under ADM's names, and
@@ -394,8 +390,7 @@ def measure(name, images, kept, features, device, rank, world):
             dist.reduce(tensor, 0)
     result = dict(tables)
     for key, sum_of in sums.items():
-        kind = "_s" if key == "spatial" else ""
-        mu = sum_of[-1] / images.count
+        kind, mu = "_s" if key == "spatial" else "", sum_of[-1] / images.count
         sigma = (sum_of[:-1] - images.count * torch.outer(mu, mu)) / (images.count - 1)
         result |= {"mu" + kind: mu.numpy(), "sigma" + kind: sigma.numpy()}
     return result
@@ -406,8 +401,7 @@ def measure_reference(images, kept, features, network, device, rank, world):
     if it was made of the same images, by name, size and time, with the same network and settings."""
     path = Path(os.path.abspath(images.path))
     kind = Path(FEATURES).name + "-bilinear" * (FEATURES == "inception" and RESIZE == "bilinear")
-    cache = path.with_name(f"{path.name}.{kind}-{network['weights_sha256'][:8]}-"
-                           f"{network['features_size']}-{kept}.npz")
+    cache = path.with_name(f"{path.name}.{kind}-{network['weights_sha256'][:8]}-{network['features_size']}-{kept}.npz")
     names = sorted(list_folder(path)) if path.is_dir() else [""]
     states = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in names]
     made_of = json.dumps(dict(network, format=1, kept=kept, images=images.count, features=kind,

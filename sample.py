@@ -8,7 +8,6 @@ The weights say which model, interpolant and VAE they belong to, so nothing is s
 its index) alone, not on the batch size, the number of GPUs or how many are drawn. Killed, the same command goes on.
 """
 
-import hashlib
 import json
 import shutil
 import signal
@@ -27,7 +26,7 @@ from scipy.integrate import RK45
 from tqdm import tqdm
 
 from checkpoint import load_model
-from checks import check_constants, refuse_other
+from checks import check_constants, refuse_other, weights_checksum
 from dataset import PreparedDataset
 from model import make_network, path_coefficients
 from runtime import (
@@ -233,10 +232,9 @@ def to_bytes(latents, vae=None, scale=None):
 
 def save_grid(images, columns, path):
     """Writes uint8 [N, 3, H, W] row by row as one PNG, N a multiple of columns."""
-    n, c, h, w = images.shape
-    grid = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)  # [rows, H, columns, W, 3]
-    grid = grid.reshape(n // columns * h, columns * w, c)
-    write_atomically(path, lambda file: Image.fromarray(grid.cpu().numpy()).save(file, "PNG"))
+    rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).cpu().numpy()  # [rows, H, columns, W, 3]
+    grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
+    write_atomically(path, lambda file: Image.fromarray(grid).save(file, "PNG"))
 
 
 def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, context_of, captions=None):
@@ -411,8 +409,7 @@ def save_pictures(sampler, out):
         save_grid(torch.stack(drawn, dim=1).flatten(0, 1), len(COMPARE), out / "compare.png")
         print(f"{out / 'compare.png'}: {rows} {kind}, the same noise with {', '.join(map(str, COMPARE))}")
     if FRAMES:
-        states = []
-        final = sampler.draw(range(rows), shown, states=states)
+        final = sampler.draw(range(rows), shown, states=(states := []))
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
         frames = [to_bytes(states[i], sampler.vae, sampler.scale).cpu() if i < len(states) else final for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
@@ -493,8 +490,7 @@ def main():
     # what shapes the samples: samples.json beside them, and what makes a run that goes on the same run
     names = ("VAE", "EMA", "TEXT_ENCODER", "NUM_SAMPLES", "CLASS_SAMPLING", "CLASSES", "PROMPTS", "SEED", "MODE",
              "SOLVER", "STEPS", "TOLERANCE", "SPACING", "CFG_SCALE", "GUIDANCE", "PRECISION")
-    digest = hashlib.sha256(np.memmap(checkpoint, mode="r"))
-    settings = dict(weights_sha256=digest.hexdigest(), **{name: globals()[name] for name in names})
+    settings = dict(weights_sha256=weights_checksum(checkpoint), **{name: globals()[name] for name in names})
     settings = json.loads(json.dumps(settings, default=str))
     finished = NUM_SAMPLES and (out / "samples.json").exists()
     if finished:

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 import costs
+from checkpoint import local
 from checks import are_pairs, check_constants, is_installed, too_short_for_ema
 from dataset import PreparedDataset, open_loader
 from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
@@ -216,11 +216,6 @@ def shard(model, device, world, shards, dtype):
     return mesh["shard"].get_group() if world > 1 else None
 
 
-def local(tensor):
-    """This rank's shard of a DTensor, the same memory; anything else as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def make_optimizer(model):
     """AdamW over this rank's shards of what trains, in its order: of DTensors a step would cost the
@@ -369,7 +364,6 @@ def main():
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
 
-    prolonged = not aligning and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS")
     if phase_one_is_over() or not (FEATURE_WEIGHT or ATTENTION_WEIGHT):
         aligning = False  # once False, for good
 
@@ -436,7 +430,7 @@ def main():
         f"{device.type}, {precision}, {costs.attention_kernel(model, precision, device)}, phase "
         f"{'I' if aligning else 'II'} from step {step:,}\n{costs.estimate(memory, flops, peak_rate, BATCH_SIZE)}")
 
-    if prolonged:
+    if not progress["aligning"] and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS"):
         log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
     too_short = too_short_for_ema(STEPS, EMA_DECAY)
     if too_short:
