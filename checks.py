@@ -6,6 +6,7 @@ import importlib.util
 import numbers
 import os
 import re
+import reprlib
 import shutil
 from pathlib import Path
 
@@ -68,11 +69,12 @@ def checked(name, value, rule):
 
 
 def told_apart(before, now):
-    """'before, now after' for a message: of long values what begins shortly before they differ."""
-    values = [repr(before), repr(now)]
-    start = len(os.path.commonprefix(values)) - 20 if max(map(len, values)) > 60 else 0
-    before, now = (("..." + value[start:] if start > 0 else value) for value in values)
-    return f"{before[:200]}, now {now[:200]}"
+    """'before, now after' for a message: of long paths what begins shortly before they differ."""
+    values = [reprlib.repr(before), reprlib.repr(now)]
+    if isinstance(before, str) and isinstance(now, str):
+        start = max(0, len(os.path.commonprefix([before, now])) - 20)
+        values = [repr("..." + value[start:] if start else value) for value in (before, now)]
+    return ", now ".join(values)
 
 
 def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):

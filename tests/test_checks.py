@@ -51,8 +51,9 @@ def test_a_single_value_where_a_list_is_meant_is_one_line(script, name, monkeypa
 
 def test_long_values_are_told_apart_by_where_they_differ():
     before, now = "/" + "long/" * 40 + "a", "/" + "long/" * 40 + "b"
-    assert told_apart(before, now) == "...long/long/long/long/a', now ...long/long/long/long/b'"
-    assert told_apart(3, None) == "3, now None"
+    assert told_apart(before, now) == "'...long/long/long/long/a', now '...long/long/long/long/b'"
+    assert told_apart(3, None) == "3, now None" and told_apart("MMDiT/2", "SiT-B/2") == "'MMDiT/2', now 'SiT-B/2'"
+    assert told_apart(list("abcdefgh"), ["a"]) == "['a', 'b', 'c', 'd', 'e', 'f', ...], now ['a']"
 
 
 def test_a_network_is_known_by_its_weights(tmp_path):
