@@ -85,15 +85,16 @@ def refuse_other(folder, state, found, wanted, constant="DATA_DIR"):
                          f"set them back, choose another {constant} or delete the folder")
 
 
-def comparable(settings):
-    """The settings, but for what makes no difference: a path's spelling, and which of Stable
-    Diffusion's two fine-tuned VAEs, whose encoder is the same, so that a folder serves both. What
-    folders of earlier versions do not say is what these did."""
+def comparable(settings, other):
+    """A preparation's settings beside another's, but for what makes no difference: a path's spelling, where a VAE of
+    the same weights lies, and which of Stable Diffusion's two fine-tuned VAEs it is, whose encoder is the same, so that
+    a folder serves both. What folders of earlier versions do not say is what these did."""
     settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, **settings}
-    captions = settings["captions_source"]
-    return dict(settings, source=os.path.realpath(settings["source"]),
+    captions, sums = settings["captions_source"], {each.get("vae_checksum") for each in (settings, other)}
+    vae = str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema")
+    return dict(settings, source=os.path.realpath(settings["source"]), vae_checksum=None,
                 captions_source=captions and os.path.realpath(captions),
-                vae_name=str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema"))
+                vae_name=vae if None in sums or len(sums) > 1 else sums.pop())
 
 
 def check_space(folder, crops, count, latents_bytes):
@@ -114,6 +115,15 @@ def check_sets(samples, reference, kept):
                          f"{reference.path} have {reference.size[1]} x {reference.size[0]}; compare images of one size")
     if reference.count and kept < 4:
         raise ValueError(f"PRECISION_RECALL_IMAGES {kept}: precision and recall need 4")
+
+
+def check_writable(path):
+    """Raises now what writing the file after hours of work would raise."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; set OUT to a file's path")
+    with open(f"{path}.tmp", "wb"):
+        os.remove(f"{path}.tmp")
 
 
 def is_installed(package):

@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import teacher
 from archives import list_folder
-from checks import check_constants, check_sets, weights_checksum
+from checks import check_constants, check_sets, check_writable, weights_checksum
 from dataset import PreparedDataset, new_batch, open_loader
 from images import image_names, read_image, upright_size
 from inception import INCEPTION_URL, load_inception
 from labels import by_numbers
-from runtime import check_writable, ends_in_one_line, run_script, start_processes, write_atomically
+from runtime import ends_in_one_line, run_script, start_processes, write_atomically
 
 # what to compare: each an .npz (arr_0: uint8 [N, H, W, 3]), a folder of images, a folder made by
 # prepare_latents.py, or the folder of a run or of its samples, where samples.npz is taken

@@ -14,8 +14,8 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
-import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checks import check_constants, check_space, check_webp, comparable, refuse_other
+from checks import check_constants, check_space, check_webp, comparable, refuse_other, weights_checksum
 from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
 from images import ImageFiles, PublishedLatents, center_crop, open_source, pack, square_crop
 from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
@@ -228,14 +228,13 @@ class Plan:
         self.vae, self.vae_meta, self.shape = open_vae(self.source, device)
         self.latents_files = [] if VAE is None else ["latents.npy"] + ["latents_mirrored.npy"] * MIRROR
         self.crops = Crops(self.source, IMAGE_SIZE, self.shape)
-
         count = len(self.source.labels)
         self.record = dict(settings, images=count, names_checksum=self.source.fingerprint,
                            captions_checksum=self.source.captions_checksum, chunk=CHUNK)
         if self.begun:
             if self.begun["names_checksum"] == self.source.fingerprint:
                 self.begun["source"] = settings["source"]  # the same, wherever it lies now
-            refuse_other(folder, "begun", comparable(self.begun), comparable(self.record))
+            refuse_other(folder, "begun", comparable(self.begun, self.record), comparable(self.record, self.begun))
         self.chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
         self.removed = np.zeros(count, bool) if self.source.removed is None else self.source.removed
         self.moving = (self.unfinished / "moving").exists()
@@ -342,12 +341,11 @@ def finish(plan, records, kept, ends):
         (folder / "captions.txt").write_bytes("".join(f"{one}\n" for own in captions for one in own).encode())
         np.save(folder / "caption_offsets.npy", np.cumsum([0, *map(len, captions)]))
         names += ["captions.txt", "caption_offsets.npy"]
-
     chunks = []
     for rows, record in zip(plan.chunks, records):
         labels = source.labels[rows][kept[rows]].astype(np.int64)
         chunks.append((len(labels), {**record["checksums"], "labels.npy": zlib.crc32(labels)}))
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     pillow=PIL.__version__)
     meta = dict(format=FORMAT, count=int(kept.sum()), **plan.settings, vae=plan.vae_meta, latent_shape=plan.shape,
                 image_mode=source.mode, classes=source.classes, captions=sum(map(len, captions or [])) or None,
@@ -416,7 +414,8 @@ def is_finished(folder, settings):
     checksum = finished.get("captions_checksum")
     if CAPTIONS and checksum and Path(CAPTIONS).is_file():
         checksum = zlib.crc32(Path(CAPTIONS).read_bytes())
-    refuse_other(folder, "finished", comparable(finished), comparable(dict(settings, captions_checksum=checksum)))
+    settings = dict(settings, captions_checksum=checksum)
+    refuse_other(folder, "finished", comparable(finished, settings), comparable(settings, finished))
     if os.environ.get("RANK", "0") == "0":
         if (folder / "unfinished").exists():
             remove_folder(folder / "unfinished")
@@ -435,7 +434,8 @@ def main():
     check_webp()
     folder = Path(DATA_DIR)
     settings = dict(source=str(SOURCE), captions_source=CAPTIONS and str(CAPTIONS), image_size=IMAGE_SIZE, crop=CROP,
-                    vae_name=VAE, mirror=MIRROR, vae_precision=VAE_PRECISION if VAE else None)
+                    vae_name=VAE, vae_checksum=weights_checksum(VAE) if VAE else None, mirror=MIRROR,
+                    vae_precision=VAE_PRECISION if VAE else None)
     if CHECK:
         return check(folder)
     if is_finished(folder, settings):

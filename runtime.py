@@ -57,12 +57,10 @@ def check_launch():
 
 def join_processes(rank, world, gpu):
     """Joins torchrun's processes, by NCCL too where they have a GPU each."""
-    # their store still has the addresses of another main() before, and torchrun restarts one node's
-    # processes with the store of the attempt before
+    # their store may still have the addresses of another main(), or, on one node, of torchrun's attempt before
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"{restarts}, {next(joined)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+    store = dist.PrefixStore(f"{attempt}, {next(joined)}", next(dist.rendezvous("env://"))[0])
     patience = timedelta(hours=1 if gpu else 24)  # without NCCL one may have much more to do than the others
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", rank=rank, world_size=world,
                             store=store, device_id=gpu, timeout=patience)
@@ -93,7 +91,7 @@ def exit_status(number):
 def ends_in_one_line(main):
     """A script's main(). Ctrl-C, SIGTERM or SIGUSR1 end the whole program, also one that called main(), with one line;
     a second one at once. What libraries raise and the user can mend becomes an OSError with a remedy. An upper-case
-    name that was set in the script since it was imported is a constant mistyped, and refused."""
+    name set in the script since its import is a mistyped constant, and refused."""
     known = {name for name in main.__globals__ if name.isupper()}
 
     def stop(number, _):
@@ -126,14 +124,22 @@ def ends_in_one_line(main):
             gc.enable()
             gc.unfreeze()
             for key in opened.keys() - before:
-                opened.pop(key)()
+                close(key)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return until_its_end
 
 
+def close(key):
+    """Closes what is open under this key, if anything is; a line says where that fails."""
+    try:
+        opened.pop(key, lambda: None)()
+    except Exception as error:  # of a tracker's own kinds
+        print(f"{key}: could not be closed ({error})")
+
+
 def signals_here():
-    """The stop signals, of which no thread but the main one may be told."""
+    """The stop signals, where this is the thread that may ask for them."""
     return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else set()
 
 
@@ -207,18 +213,8 @@ def lock_folder(folder, constant):
     return file
 
 
-def check_writable(path):
-    """Raises now what writing the file after hours of work would raise."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: is a folder; set OUT to a file's path")
-    with open(f"{path}.tmp", "wb"):
-        os.remove(f"{path}.tmp")
-
-
 def write_atomically(path, write):
-    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole
-    or absent. What a killed process leaves, the next one writes over."""
+    """Calls write(temporary path beside `path`), flushes it to disk and renames: the file is whole or absent."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -231,7 +227,7 @@ def write_atomically(path, write):
 
 def remove_folder(folder):
     """Removes a folder that is done with, its lock first. What cannot be removed stays, and a line says so."""
-    opened.pop(folder, lambda: None)()
+    close(folder)
     try:
         shutil.rmtree(folder)
     except OSError as error:

@@ -22,8 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checks import check_writable
 from dataset import PreparedDataset
-from runtime import check_writable, ends_in_one_line, run_script, write_atomically
+from runtime import ends_in_one_line, run_script, write_atomically
 from teacher import load_network, preprocess
 
 # the first of the two passes that made data/teacher.safetensors

@@ -282,8 +282,10 @@ def test_a_folder_prepared_with_the_other_decoder_stays_valid(tree, prepare, vae
     made = (tmp_path / "out/meta.json").read_bytes()
     prepare(SOURCE=str(tree), VAE=str(tmp_path / "sd-vae-ft-ema"))
     assert "already finished" in capsys.readouterr().out and (tmp_path / "out/meta.json").read_bytes() == made
+    other = Path(shutil.copytree(vae_folder[0], tmp_path / "other"), "diffusion_pytorch_model.safetensors")
+    save_file({name: weight + 1 for name, weight in load_file(other).items()}, other)
     with pytest.raises(ValueError, match="finished with other settings"):
-        prepare(SOURCE=str(tree), VAE=str(vae_folder[0]))
+        prepare(SOURCE=str(tree), VAE=str(other.parent))
 
 
 def test_full_disk_is_refused_before_work_starts(tree, prepare, vae_folder, monkeypatch):
@@ -572,6 +574,16 @@ def test_a_finished_folder_with_captions_is_left_alone(tree, prepare, capsys, be
     for _ in range(2):
         prepare(SOURCE=str(tree))
     assert "already finished, 5 images; nothing to do" in capsys.readouterr().out
+
+
+def test_a_vae_that_was_moved_is_the_same(tree, prepare, vae_folder, tmp_path, capsys):
+    (tree / "n01/bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="could not be read"):
+        prepare(SOURCE=str(tree), VAE=str(shutil.copytree(vae_folder[0], tmp_path / "vae")))
+    moved = (tmp_path / "vae").rename(tmp_path / "moved")
+    prepare(SOURCE=str(tree), VAE=str(moved), LEAVE_OUT_UNREADABLE=True)
+    prepare(SOURCE=str(tree), VAE=str(vae_folder[0]), LEAVE_OUT_UNREADABLE=True)
+    assert "already finished, 5 images" in capsys.readouterr().out
 
 
 def test_a_source_that_was_moved_is_the_same(tree, prepare):

@@ -252,3 +252,13 @@ def test_a_folder_that_cannot_be_removed_is_a_line(tmp_path, monkeypatch, capsys
     file = runtime.lock_folder(tmp_path, "OUT")
     runtime.remove_folder(tmp_path)
     assert file.closed and "could not be removed (Directory not empty), and may be deleted" in capsys.readouterr().out
+
+
+def test_what_cannot_be_closed_is_a_line(capsys):
+    def fail():
+        raise KeyError("no network")
+
+    runtime.opened["tracker"] = fail
+    runtime.close("tracker")
+    runtime.close("tracker")
+    assert capsys.readouterr().out == "tracker: could not be closed ('no network')\n" and not runtime.opened
