@@ -307,6 +307,15 @@ def test_pages_point_to_files_that_are_there(page):
     assert targets and [each for each in targets if not (ROOT / page).parent.joinpath(each).exists()] == []
 
 
+def test_what_the_pages_say_of_the_papers_run_follows_from_its_steps():
+    hours = lambda steps, seconds: 8 * steps * seconds / 3600  # of 8 cards
+    first, whole = hours(250_000, 0.062), hours(250_000, 0.062) + hours(250_000, 0.058)
+    landing, page = ((ROOT / name).read_text() for name in ("README.md", "experiments/README.md"))
+    assert f"{first:.0f} H100-hours, of {whole:.0f} for its whole run" in landing
+    assert f"{whole:.0f} H100-hours" in page and f"58 ms would take {hours(7_000_000, 0.058):.0f}" in page
+    assert f"| {256 / 0.058 / 8:.0f}; {256 / 0.062 / 8:.0f}: *estimates* |" in page
+
+
 def test_the_landing_page_shows_the_committed_means():
     larger, floor = draw.read(ROOT / "experiments/compare.csv")
     smaller, _ = draw.read(ROOT / "experiments/late.csv")
