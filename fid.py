@@ -390,7 +390,8 @@ def measure(name, images, kept, features, device, rank, world):
             dist.reduce(tensor, 0)
     result = dict(tables)
     for key, sum_of in sums.items():
-        kind, mu = "_s" if key == "spatial" else "", sum_of[-1] / images.count
+        kind = "_s" if key == "spatial" else ""
+        mu = sum_of[-1] / images.count
         sigma = (sum_of[:-1] - images.count * torch.outer(mu, mu)) / (images.count - 1)
         result |= {"mu" + kind: mu.numpy(), "sigma" + kind: sigma.numpy()}
     return result

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from scipy.integrate import RK45
 from tqdm import tqdm
@@ -117,10 +118,6 @@ def step_times(count, last, spacing):
     return last + (1 - last) * (spacing * t / (1 + (spacing - 1) * t))
 
 
-def to_zero(times):
-    return torch.cat([times, times.new_zeros(1)])
-
-
 @torch.no_grad()
 def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, guidance=(0.0, 1.0), path="linear",
                spacing=1.0, per_call=False):
@@ -132,7 +129,8 @@ def sample_ode(velocity, noise, y, *, steps, null, heun=False, cfg_scale=1.0, gu
     each call by that call's time, ends left out (JiT's convention). spacing: see SPACING; "log" goes to 0.04, then to
     0. Returns float64 latents [B, C, H, W].
     """
-    times = to_zero(step_times(steps, 0.04, spacing)) if spacing == "log" else step_times(steps + 1, 0.0, spacing)
+    to_zero = F.pad(step_times(steps, 0.04, spacing), (0, 1))
+    times = to_zero if spacing == "log" else step_times(steps + 1, 0.0, spacing)
     x = noise.double()
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         scale = scale_at(t, cfg_scale, guidance, per_call)
@@ -193,7 +191,7 @@ def sample_sde(velocity, noise, y, *, steps, null, cfg_scale=1.0, guidance=(0.0,
                randn_like=torch.randn_like):
     """Follows the reverse SDE with diffusion w(t) = 2 t by Euler-Maruyama, from t = 1 to 0.04, then one step without
     noise to 0 (SiT's and REPA's convention). Arguments as in sample_ode; randn_like(x) gives each step's noise."""
-    times = to_zero(step_times(steps, 0.04, spacing))
+    times = F.pad(step_times(steps, 0.04, spacing), (0, 1))  # and then 0
     x = noise.double()
     for t, t_next in zip(times[:-1], times[1:]):
         dt, diffusion = t_next - t, 2 * t
@@ -391,7 +389,8 @@ def save_pictures(sampler, out):
     """The pictures that GRID, COMPARE and FRAMES ask for. Row r, column c of the grid has the noise
     of sample c K + r of K classes: of class-balanced samples it is that sample."""
     rows, columns = GRID or (0, 0)
-    rows, kind = min(rows or 10, len(sampler.choices)), "prompts" if sampler.encoder else "classes"
+    rows = min(rows or 10, len(sampler.choices))
+    kind = "prompts" if sampler.encoder else "classes"
     shown = [class_of(r, sampler.choices) if isinstance(choice, list) else choice
              for r, choice in enumerate(sampler.choices[:rows])]
     if sampler.encoder:
@@ -409,7 +408,8 @@ def save_pictures(sampler, out):
         save_grid(torch.stack(drawn, dim=1).flatten(0, 1), len(COMPARE), out / "compare.png")
         print(f"{out / 'compare.png'}: {rows} {kind}, the same noise with {', '.join(map(str, COMPARE))}")
     if FRAMES:
-        final = sampler.draw(range(rows), shown, states=(states := []))
+        states = []
+        final = sampler.draw(range(rows), shown, states=states)
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
         frames = [to_bytes(states[i], sampler.vae, sampler.scale).cpu() if i < len(states) else final for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
