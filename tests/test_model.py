@@ -41,6 +41,7 @@ def test_forward_equals_the_reference(golden):
     check(model(z["x"], z["t"], z["y"], attn_layers=(0, 1, 2), return_features=True), z, meta["rtol"], meta["atol"])
 
 
+@pytest.mark.slow
 def test_forward_equals_the_reference_when_compiled(golden):
     model, z, meta = reference(golden)
     compiled = torch.compile(model)

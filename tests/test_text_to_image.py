@@ -136,6 +136,7 @@ def test_captions_encoded_at_each_step_are_those_of_the_table(text_run, tmp_path
     assert_close_models(*(final_state(tmp_path / name, 8)["model"] for name in "10"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_or_on_two_processes_it_is_the_same_run(run_process, coco, encoder_dir, tmp_path, processes):
     constants = dict(text_constants(coco, encoder_dir), CONFLICT_FROM=4, CONFLICT_EVERY=4, CONFLICT_IMAGES=8,

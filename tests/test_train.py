@@ -487,6 +487,7 @@ def test_a_loss_that_is_not_finite_skips_its_step(small_run, latents_dir, tmp_pa
     assert row["skipped"] == "1" and np.isfinite(float(row["denoising_loss"]))
 
 
+@pytest.mark.slow
 def test_two_processes_skip_a_step_and_end_phase_one_alike(run_process, latents_dir, tmp_path):
     victim = train.permutation(0, 0, 200)[2 * 8 + 5]  # the second process has it, in step 2
     constants = dict(DATA_DIR=poisoned_data(latents_dir, tmp_path / "d", [victim]), TRIGGER="conflict", CONFLICT_FROM=4,
@@ -677,6 +678,7 @@ VARIANT = dict(MODEL="JiT-T/4", TIMES=(0.8, 0.8), TIME_SHIFT=1.5, NOISE_SCALE=2.
                PREVIEW_GRID=(2, 2), PREVIEW_STEPS=2, MIRROR=True)
 
 
+@pytest.mark.slow
 def test_jit_trains_through_the_switch_and_resumes_bit_exact_after_a_kill(run_process, tmp_path, monkeypatch):
     dropout = "from model import MODELS; MODELS['JiT-T/4']['dropout'] = 0.2"
     for folder, kills in (("whole", ()), ("killed", (5,))):
