@@ -779,12 +779,16 @@ def log(values, step):
 """
 
 
-def test_wandb(small_run, monkeypatch, tmp_path, capsys):
-    """By a stand-in for the package: its errors in one line, an id by the folder's place, no step twice."""
+def stand_in_for_wandb(text, tmp_path, monkeypatch):
     (tmp_path / "site/wandb").mkdir(parents=True)
-    (tmp_path / "site/wandb/__init__.py").write_text(WANDB)
+    (tmp_path / "site/wandb/__init__.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+def test_wandb(small_run, monkeypatch, tmp_path, capsys):
+    """By a stand-in for the package: its errors in one line, an id by the folder's place, no step twice."""
+    stand_in_for_wandb(WANDB, tmp_path, monkeypatch)
     for name in ("lr=1; a/base", "b/base"):
         small_run(TRACKER="wandb", STEPS=3, RUN_DIR=str(tmp_path / name))
         train.main()
@@ -989,10 +993,7 @@ def log(values, step):
 
 def test_each_run_has_a_wandb_run_of_its_own_that_ends_with_it(small_run, monkeypatch, tmp_path, capsys):
     """By a stand-in for the package, in which init() gives the run that is active, as wandb's does."""
-    (tmp_path / "site/wandb").mkdir(parents=True)
-    (tmp_path / "site/wandb/__init__.py").write_text(ACTIVE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    stand_in_for_wandb(ACTIVE_WANDB, tmp_path, monkeypatch)
     for name in ("first", "second"):
         small_run(TRACKER="wandb", STEPS=3, ALIGN_STEPS=0, RUN_DIR=str(tmp_path / name))
         train.main()
