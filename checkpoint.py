@@ -42,7 +42,7 @@ EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp"
 def describe(constants, data, sit):
     """A run's settings: every constant of its script, the model's arguments, the data set, versions; and checksums, by
     which data and networks are known wherever they lie."""
-    no_settings = ("F", "MODELS", "FROZEN", "COLUMNS")
+    no_settings = ("F", "MODELS", "FROZEN", "COLUMNS", "TIME_COLUMNS")
     own = {name: value for name, value in constants.items() if name.isupper() and name not in no_settings}
     keys = ("source", "count", "image_size", "latent_shape", "vae", "classes", "captions")
     described = {key: data.meta[key] for key in keys if key in data.meta}
@@ -173,10 +173,11 @@ def damaged(folder, error):
 
 
 # ----- a run's folder and logs --------------------------------------------------------------------
-def open_run(run, settings, saved, step, columns, rank, script):
+def open_run(run, settings, saved, step, logs, rank, script):
     """Makes or claims the run's folder, with what is needed to repeat the run; every process takes part.
 
-    saved, step: the checkpoint that it goes on from, and of what step; columns: log.csv's; script: the file that runs.
+    saved, step: the checkpoint that it goes on from, and of what step; logs: {file: its columns, "step" the first};
+    script: the file that runs.
     """
     if rank == 0:
         (run / "previews").mkdir(parents=True, exist_ok=True)
@@ -187,7 +188,8 @@ def open_run(run, settings, saved, step, columns, rank, script):
             shutil.rmtree(unfinished)
         write_atomically(run / "settings.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
         write_atomically(run / Path(script).name, lambda path: shutil.copyfile(script, path))
-        truncate_log(run / "log.csv", step, columns)
+        for name, columns in logs.items():
+            truncate_log(run / name, step, columns)
     if dist.is_initialized():
         dist.barrier()
     if not (run / "settings.json").exists():
@@ -205,7 +207,7 @@ def append(path, line):
 
 
 def truncate_log(path, step, columns):
-    """Starts log.csv, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
+    """Starts a log, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
     kept = [row for row in rows if len(row) == len(columns) and int(row[0]) <= step]
     write_atomically(path, lambda file: file.write_text("".join(",".join(row) + "\n" for row in (columns, *kept))))

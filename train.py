@@ -101,6 +101,7 @@ FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHI
           "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM")
 COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm",
            "gradient_cosine", "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
+TIME_COLUMNS = ("step", *(f"t {i / 10} to {(i + 1) / 10}" for i in range(10)))  # the denoising loss there
 
 
 # ----- losses of a batch --------------------------------------------------------------------------
@@ -117,7 +118,8 @@ def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
 
 
 def compute_losses(student, teacher, x, noise, t, context, images, align=alignment_losses):
-    """(denoising, feature, attention) loss of a batch; in phase II, without a teacher, the last two are 0.
+    """(denoising, feature, attention) loss of a batch, and each image's denoising loss [B], which trains nothing; in
+    phase II, without a teacher, the second and third are 0.
     context: what the student takes beside x_t and t, class ids [B] or embedded captions [B, L, C]."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
@@ -128,7 +130,15 @@ def compute_losses(student, teacher, x, noise, t, context, images, align=alignme
         layers = tuple(s for s, _ in LAYER_PAIRS) if ATTENTION_WEIGHT else ()
         velocity, student_qk, features = student(x_t, t, context, layers, bool(FEATURE_WEIGHT), return_qk=True)
         feature, attention = align(features, student_qk, teacher_tokens, teacher_qk)
-    return F.mse_loss(velocity.float(), target), feature, attention
+    each = (velocity.detach().float() - target).square().mean(dim=(1, 2, 3))
+    return F.mse_loss(velocity.float(), target), feature, attention, each
+
+
+def sums_by_time(losses, t):
+    """Of images at times t [B] the sum of their losses [B] and their number in each tenth of 0..1, [2, 10]; by a table of
+    all pairs, as it takes neither a wait for the GPU nor sums in an order that changes."""
+    inside = (10 * t).long().clamp(max=9) == torch.arange(10, device=t.device)[:, None]  # [10, B]
+    return torch.stack([(inside * losses).sum(dim=1), inside.sum(dim=1)])
 
 
 # ----- data order and noise: functions of (SEED, step), so that nothing need be replayed ----------
@@ -303,8 +313,8 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
                 part = slice(i * micro, (i + 1) * micro)
                 context = context_of(labels[part])
                 with autocast():
-                    denoising, feature, attention = compute_losses(model, teacher if aligned else None, x[part],
-                                                                   noise[part], t[part], context, images[part], align)
+                    denoising, feature, attention, _ = compute_losses(
+                        model, teacher if aligned else None, x[part], noise[part], t[part], context, images[part], align)
                 alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
                 (alignment if aligned else denoising).backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
@@ -408,11 +418,13 @@ def main():
         averaged_shards = [local(p) for p in model.parameters()][: len(ema)]
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
+    by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)  # likewise, or since this run was resumed
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
     # the run's folder, and what the run will cost
-    checkpoint.open_run(run, settings, saved, step, COLUMNS, rank, __file__)
+    logs = {"log.csv": COLUMNS, "loss_by_time.csv": TIME_COLUMNS}
+    checkpoint.open_run(run, settings, saved, step, logs, rank, __file__)
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
@@ -469,7 +481,7 @@ def main():
         t, y = times_of(t), torch.where(drop < LABEL_DROPOUT, null, labels)
 
         torch.manual_seed(seed_from(SEED, 7, step, rank))  # of a JiT's dropout
-        step_losses = torch.zeros(3, device=device)  # denoising, feature, attention
+        step_losses, step_by_time = torch.zeros(3, device=device), 0  # the first: denoising, feature, attention
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
             if sharded and MICRO_BATCHES > 1:  # gradients, and but for zero3 weights, travel once a step
@@ -477,11 +489,12 @@ def main():
                 model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
             context = context_of(y[part])
             with autocast():
-                denoising, feature, attention = compute_losses(
+                denoising, feature, attention, each = compute_losses(
                     model, teacher, x[part], noise[part], t[part], context, images[part] if aligning else None, align)
             loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
             (loss / MICRO_BATCHES).backward()
             step_losses += torch.stack([denoising, feature, attention]).detach() / MICRO_BATCHES
+            step_by_time += sums_by_time(each, t[part])
         if world > 1:
             dist.all_reduce(step_losses)
             step_losses /= world
@@ -503,6 +516,7 @@ def main():
         meters[5] = (meters[5] + bad) * bad
         meters[6] = torch.maximum(meters[5], meters[6])
         meters[7] += bad
+        by_time += torch.where(bad > 0, 0, step_by_time)
         step += 1
         # ------------------------------------------------------------------------------------------
 
@@ -517,8 +531,11 @@ def main():
 
         if (LOG_EVERY and step % LOG_EVERY == 0) or step == STEPS or (aligning and step == ALIGN_STEPS):
             *sums, good, _, in_a_row, skipped = meters.tolist()  # the only wait for the device
+            if world > 1:
+                dist.all_reduce(by_time)
+            losses_by_time, counts = by_time.tolist()
             gc.collect()
-            meters[:5], meters[6] = 0, meters[5]
+            meters[:5], meters[6], by_time[:] = 0, meters[5], 0
             now = time.perf_counter()
             seconds = (now - clock) / (step - logged_step)  # per step
             logged_step, clock = step, now
@@ -529,6 +546,8 @@ def main():
                    seconds * 1000, mfu, costs.peak_gib(device))
             if rank == 0:
                 checkpoint.append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
+                means = (str(total / count) if count else "" for total, count in zip(losses_by_time, counts))
+                checkpoint.append(run / "loss_by_time.csv", ",".join([str(step), *means]))
                 track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
             bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} "
                                 f"norm {norm:.2f} {images_per_s:.0f} img/s, {mfu:.0%} MFU")

@@ -92,7 +92,15 @@ def judge(samples, out):
                 teacher_distance=measured["teacher"]["frechet_distance"])
 
 
-SETTINGS, JUDGE = settings, judge  # other experiments put in their own ...
+def draw_and_judge(folder, step):
+    """Draws samples of the run in a folder as it is at a step; what is measured of them."""
+    sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
+    sample.OUT = folder / f"samples_{step}"
+    sample.main()
+    return JUDGE(sample.OUT, folder / f"{step}")
+
+
+SETTINGS, JUDGE, MEASURE = settings, judge, draw_and_judge  # other experiments put in their own ...
 FILES = ()  # ... and the files whose constants these use, by __name__: of the one that is started it is "__main__"
 
 
@@ -124,13 +132,10 @@ def run(name, seed, changes, before=None, stop=0):
 
 
 def run_to(step, folder, row):
-    """Trains a run to a step, draws samples there, and writes what is measured of both beside the row's names."""
+    """Trains a run to a step, and writes what is measured of it there beside the row's names."""
     train.STEPS = step
     train.main()
-    sample.CHECKPOINT = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
-    sample.OUT = folder / f"samples_{step}"
-    sample.main()
-    row = row | JUDGE(sample.OUT, folder / f"{step}") | logged(folder, step)
+    row = row | MEASURE(folder, step) | logged(folder, step)
     write_atomically(folder / f"{step}.json", lambda path: path.write_text(json.dumps(row)))
 
 
@@ -248,7 +253,7 @@ def collect(rows):
                 row = json.loads(Path(OUT, judged_as, str(seed), f"{step}.json").read_text())
                 rows.append(dict(row, run=name))
     with open(RESULTS, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})

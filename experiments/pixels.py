@@ -88,22 +88,26 @@ def write_real(data, count, out):
     np.savez(f"{out}/samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
 
 
-def prepare():
-    """The pictures at IMAGE_SIZE, and the judge of these."""
+def prepare_pictures(**folders):
+    """Pictures of emoji_data.py's trees at IMAGE_SIZE, each in a folder of OUT: tree=folder."""
     emoji_data.main()
-    folders = {"teacher": f"{OUT}/data", "judge_train": f"{OUT}/judge_train", "judge_test": f"{OUT}/judge_test"}
     prepare_latents.IMAGE_SIZE = IMAGE_SIZE
     for tree, folder in folders.items():
-        prepare_latents.SOURCE, prepare_latents.DATA_DIR = f"{emoji_data.OUT}/{tree}", folder
+        prepare_latents.SOURCE, prepare_latents.DATA_DIR = f"{emoji_data.OUT}/{tree}", f"{OUT}/{folder}"
         prepare_latents.main()
+
+
+def prepare():
+    """The pictures, and a judge of them."""
+    prepare_pictures(teacher="data", judge_train="judge_train", judge_test="judge_test")
     _, _, constants = emoji_data.NETWORKS["judge"]
     for name, value in constants.items():
         setattr(train_network, name, value)
-    train_network.DATA_DIR, train_network.TEST_DIR = folders["judge_train"], folders["judge_test"]
+    train_network.DATA_DIR, train_network.TEST_DIR = f"{OUT}/judge_train", f"{OUT}/judge_test"
     train_network.OUT, train_network.START_FROM = f"{OUT}/judge.safetensors", None
     if not Path(train_network.OUT).exists():
         train_network.main()
-    data = PreparedDataset(folders["teacher"])
+    data = PreparedDataset(f"{OUT}/data")
     write_real(data, REFERENCE, f"{OUT}/reference")
     write_real(data, IMAGES, f"{OUT}/real")
 

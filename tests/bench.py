@@ -94,7 +94,7 @@ def step_of(model, teacher, align, y, context_of):
     def step(context_of=context_of):
         context = context_of(y)
         with torch.autocast(device.type, torch.bfloat16, enabled=CUDA):
-            denoising, feature, attention = train.compute_losses(model, teacher, x, noise, t, context, images, align)
+            denoising, feature, attention, _ = train.compute_losses(model, teacher, x, noise, t, context, images, align)
         (denoising + 0.5 * feature + 0.5 * attention).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
