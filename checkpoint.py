@@ -9,6 +9,7 @@ A checkpoint's folder bears its name once all is in it; until then it is called 
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,7 +31,7 @@ from tqdm import tqdm
 
 from checks import NETWORKS, differ, names_alone, same, told_apart, weights_checksum
 from model import make_network
-from published import published_settings, read_weights, with_our_names
+from published import published_settings, read_weights, with_our_names, with_time_from_data
 from runtime import lock_folder, opened, remove_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
@@ -246,19 +248,19 @@ def with_places(settings, folder):
     return settings
 
 
-def load_model(path, average=None):
+def load_model(path, average=None, constant="CHECKPOINT"):
     """(network in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
     Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, JiT)
     are a state dict, bare, under "ema" or under `average` (None: JiT's "model_ema1"); of what else
-    pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors.
+    pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors. `constant` says the path.
     Raises ValueError where the file is missing, damaged or of another kind.
     """
     path = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file; train first, or set RUN_DIR or CHECKPOINT")
+        raise ValueError(f"{path}: no such file; train first, or set {constant} to one that is there")
     if path.name.startswith("DiT"):  # its weights have SiT's names and shapes
-        raise ValueError(f"{path}: DiT predicts noise, not a velocity; set CHECKPOINT to a SiT's")
+        raise ValueError(f"{path}: DiT predicts noise, not a velocity; set {constant} to a SiT's")
     unexpected = []
     try:
         state, settings = read_weights(path, average)
@@ -272,7 +274,61 @@ def load_model(path, average=None):
             AttributeError) as error:
         if unexpected:
             raise ValueError(f"{path}: not a SiT checkpoint (unexpected keys {', '.join(map(str, unexpected[:3]))}); "
-                             f"set CHECKPOINT to one of SiT, REPA, HASTE, JiT or of a run") from error
+                             f"set {constant} to one of SiT, REPA, HASTE, JiT or of a run") from error
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
-                         f"set CHECKPOINT to another") from error
+                         f"set {constant} to another") from error
     return model.eval().requires_grad_(False), settings
+
+
+def kind_of(network):
+    """In words, what weights of other networks must agree in."""
+    return (f"{type(network).__name__} of {len(network.blocks)} blocks of width {network.pos_embed.shape[-1]}, "
+            f"{network.num_heads} heads and patch {network.patch_size}")
+
+
+def adapted_classes(table, theirs, ours, rows):
+    """The rows [rows, D] for so many classes of ours, and "no label", from a table of theirs: classes of another number
+    all begin as "no label", or the mean where there is none."""
+    null = table[theirs:] if len(table) > theirs else table.mean(dim=0, keepdim=True)
+    return torch.cat([table[:theirs] if ours == theirs else null.expand(ours, -1), null])[:rows]
+
+
+def initial_weights(path, network, settings):
+    """(weights for a new network of these arguments, out of those that load_model reads; a line that says what of them
+    was adapted, what begins fresh, and what differs besides). Raises ValueError for another kind of network or path."""
+    source, theirs = load_model(path, constant="INIT_FROM")
+    with torch.device("meta"):
+        model = make_network({**network, "teacher_dim": None})
+    kinds = [f"{kind_of(each)}, path {its['PATH']!r}" for each, its in ((source, theirs), (model, settings))]
+    remedy = "set MODEL and PATH to the same, or INIT_FROM to other weights or None"
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"INIT_FROM {path}: {kinds[0]}, but this run's is {kinds[1]}; {remedy}")
+    weights, wanted = source.state_dict(), model.state_dict()
+    if theirs.get("time_from_noise"):
+        weights = with_time_from_data(weights, source.in_channels)
+    like = lambda name: name in weights and name in wanted and weights[name].shape == wanted[name].shape
+
+    # what depends on the latents' channels, or on the text encoder
+    fresh = [part for part in ("x_embedder", "final_layer.linear", "context_embedder")
+             if not all(like(name) for name in wanted if name.startswith(part))]
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(tuple(fresh))}
+    adapted, classes = [], "y_embedder.embedding_table.weight"
+    if classes in weights and not like(classes):
+        rows = len(wanted[classes])
+        weights[classes] = adapted_classes(weights[classes], source.num_classes, model.num_classes, rows)
+        adapted.append(f"{source.num_classes:,} classes to {model.num_classes:,}")
+    if not like("pos_embed"):
+        square = weights["pos_embed"].unflatten(1, (source.grid, source.grid)).permute(0, 3, 1, 2)
+        square = F.interpolate(square, (model.grid, model.grid), mode="bicubic")  # beyond a table nothing was learned
+        weights["pos_embed"] = square.flatten(2).transpose(1, 2)
+        adapted.append(f"{source.grid} x {source.grid} positions to {model.grid} x {model.grid}")
+
+    unlike = [name for name in {**wanted, **weights} if not like(name) and not name.startswith(tuple(fresh))]
+    if unlike:
+        raise ValueError(f"INIT_FROM {path}: differs from this run's network in {unlike[0]}; {remedy}")
+    before, now = (dict(each, VAE=each["data"]["vae"]) for each in (theirs, settings))
+    asked = ["VAE", "NOISE_SCALE", "TEXT_ENCODER"][: 3 if "context_dim" in network else 2]
+    differing = [f"{key} {told_apart(before[key], now[key])}" for key in asked if before.get(key, now[key]) != now[key]]
+    parts = dict(adapted=adapted, fresh=[*fresh, "projector"], differs=differing)
+    told = [f"{what}: {', '.join(which)}" for what, which in parts.items() if which]
+    return weights, f"{path}: {len(weights)} tensors to start from; {'; '.join(told)}"

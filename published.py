@@ -2,6 +2,7 @@
 read off the names and shapes of their weights."""
 
 import json
+import math
 import re
 import zipfile
 
@@ -33,6 +34,21 @@ def with_our_names(state):
     after = lambda found: f"blocks.{depth + int(found[1])}"  # REPA's first files number these anew
     return {re.sub(r"^decoder_blocks\.(\d+)", after, key): value for key, value in state.items()
             if not key.startswith("projectors.")}
+
+
+def with_time_from_data(state, channels):
+    """The weights of SiT's first release, whose time runs from noise to data, turned to our time: where ours sees the
+    cosines and sines of t f it saw those of (1 - t) f, so the first layer is turned by f, and the velocity's sign.
+    channels: of the velocity, the first half of what it hands out."""
+    state, first = dict(state), state["t_embedder.mlp.0.weight"]
+    half = first.shape[1] // 2
+    f = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
+    cosine, sine = first.double().chunk(2, dim=1)
+    turned = [cosine * f.cos() + sine * f.sin(), cosine * f.sin() - sine * f.cos()]
+    state["t_embedder.mlp.0.weight"] = torch.cat(turned, dim=1).to(first.dtype)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = -state[name].unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+    return state
 
 
 def published_settings(state):

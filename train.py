@@ -46,6 +46,7 @@ RUN_DIR = "runs/haste-xl"  # everything that this run writes; of several nodes, 
 WORKERS = 8  # processes per GPU that read batches; 0: none but this one
 MIRROR = False  # show each image mirrored with probability 0.5; latents want prepare_latents.MIRROR
 SEED = 0
+INIT_FROM = None  # weights to start from, ours or published: what sample.CHECKPOINT takes
 # model
 MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions, a JiT predicts pixels
 PATH = "linear"  # interpolant: "linear" or "cosine"
@@ -135,8 +136,8 @@ def compute_losses(student, teacher, x, noise, t, context, images, align=alignme
 
 
 def sums_by_time(losses, t):
-    """Of images at times t [B] the sum of their losses [B] and their number in each tenth of 0..1, [2, 10]; by a table of
-    all pairs, as it takes neither a wait for the GPU nor sums in an order that changes."""
+    """Of images at times t [B] the sum of their losses [B] and their number in each tenth of 0..1, [2, 10]; by a table
+    of all pairs, as it takes neither a wait for the GPU nor sums in an order that changes."""
     inside = (10 * t).long().clamp(max=9) == torch.arange(10, device=t.device)[:, None]  # [10, B]
     return torch.stack([(inside * losses).sum(dim=1), inside.sum(dim=1)])
 
@@ -255,7 +256,7 @@ def clip_gradients(shards, group):
 def check_settings(world):
     """Raises ValueError for settings that could only fail later."""
     check_constants(globals(), {
-        "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER",
+        "path": "DATA_DIR RUN_DIR TEACHER TEXT_ENCODER", "path or None": "INIT_FROM",
         "True or False": "MIRROR COMPILE ACTIVATION_CHECKPOINTING",
         "whole number from 0": "WORKERS SEED ALIGN_STEPS CONFLICT_FROM CONFLICT_EVERY STEPS WARMUP_STEPS LOG_EVERY "
                                "CHECKPOINT_EVERY CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
@@ -313,9 +314,9 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
                 part = slice(i * micro, (i + 1) * micro)
                 context = context_of(labels[part])
                 with autocast():
-                    denoising, feature, attention, _ = compute_losses(
-                        model, teacher if aligned else None, x[part], noise[part], t[part], context, images[part], align)
-                alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
+                    denoising, *others = compute_losses(model, teacher if aligned else None, x[part], noise[part],
+                                                        t[part], context, images[part], align)
+                alignment = FEATURE_WEIGHT * others[0] + ATTENTION_WEIGHT * others[1]
                 (alignment if aligned else denoising).backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
         model.zero_grad(set_to_none=True)
@@ -370,6 +371,7 @@ def main():
     settings = checkpoint.describe(globals(), data, network)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
+    initial, begun = checkpoint.initial_weights(INIT_FROM, network, settings) if INIT_FROM and not saved else ({}, None)
 
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
@@ -397,6 +399,7 @@ def main():
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
     model = make_network(network).to(device)
+    model.load_state_dict(initial, strict=False)
     model.activation_checkpointing = ACTIVATION_CHECKPOINTING
     model.bf16_tokens = RESIDUAL_PRECISION == "bf16" and precision == torch.bfloat16
     times_of = spread_times
@@ -442,6 +445,8 @@ def main():
         f"{device.type}, {precision}, {costs.attention_kernel(model, precision, device)}, phase "
         f"{'I' if aligning else 'II'} from step {step:,}\n{costs.estimate(memory, flops, peak_rate, BATCH_SIZE)}")
 
+    if begun:
+        log(begun)
     if not progress["aligning"] and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS"):
         log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
     too_short = too_short_for_ema(STEPS, EMA_DECAY)

@@ -4,13 +4,14 @@
     python -m experiments.attention
 
 Trains compare.py's runs from three seeds and, in colour, pixels.py's from one. RESULTS: how far the students' attention
-is from the teacher's, a row per run, seed and step; MAPS: what the first seed's runs attend to. draw.py draws both.
-Stopped or killed, the same command goes on.
+is from the teacher's, a row per run, seed and step; MAPS: what the first seed's runs attend to; LOSSES: the denoising
+loss by time. draw.py draws all three. Stopped or killed, the same command goes on.
 """
 
 if not __package__:
     raise SystemExit("run it from the repository's root: python -m experiments.attention")
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ from vae import sample_latents
 
 OUT = "out/attention"
 RESULTS, MAPS = compare.HERE / "attention.csv", compare.HERE / "attention.npz"
+LOSSES, LOSSES_OF = compare.HERE / "loss_by_time.csv", 500  # of so many last steps
 RUNS = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "aligned": {}}  # REPA, and HASTE so far
-STOP, STEPS = 1000, (250, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000)  # at which attention is measured
-PIXELS_STOP, PIXELS_STEPS = 2000, (2000, 4000)  # of pixels.py's runs
+STOP, STEPS = 1000, (250, 500, 750, 1000, 1250, 1500, 2000)  # at which attention is measured
+PIXELS_STOP, PIXELS_STEPS = 1000, (1000, 2000)  # of pixels.py's runs
 TIMES = (0.1, 0.5, 0.9)  # at which it is measured
 SHOWN = 0.5  # the time at which it is shown
 IMAGES = 250  # test images, evenly spaced
@@ -89,6 +91,20 @@ def maps(runs):
                 attention=rows.softmax(-1).mean(2).numpy(), cross_entropy=loss.numpy())
 
 
+def write_losses():
+    """LOSSES: a row per run and seed, the mean of each tenth of time over the last steps."""
+    with open(LOSSES, "w", newline="") as file:
+        table = csv.DictWriter(file, ("run", "seed", *train.TIME_COLUMNS), lineterminator="\n")
+        table.writeheader()
+        for run in (*compare.RUNS, *compare.stopped_runs()):
+            for seed in compare.SEEDS:
+                log = np.genfromtxt(Path(compare.OUT, run, str(seed), "loss_by_time.csv"), delimiter=",", skip_header=1,
+                                    ndmin=2)
+                counted = (log[:, 0] > STEPS[-1] - LOSSES_OF) & (log[:, 0] <= STEPS[-1])
+                means = (round(each, 5) for each in np.nanmean(log[counted, 1:], axis=0))
+                table.writerow(dict(zip(table.fieldnames, (run, seed, STEPS[-1], *means))))
+
+
 def train_runs(out, stop, steps, seeds, settings, results, test_dir):
     """Makes all runs of a data set, and the maps of its first seed."""
     global TEST_DIR
@@ -110,6 +126,7 @@ def main():
     compare.OUT = OUT
     compare.prepare()
     clothes = train_runs(OUT, STOP, STEPS, (0, 1, 2), compare.settings, RESULTS, f"{OUT}/test")
+    write_losses()
     pixels.OUT = f"{OUT}_emoji"
     pixels.prepare_pictures(teacher="data", held_out="test")
     emoji = train_runs(pixels.OUT, PIXELS_STOP, PIXELS_STEPS, (0,), pixels.settings, f"{pixels.OUT}/results.csv",
