@@ -114,16 +114,15 @@ def layer_scales(block):
 
 
 class Teacher(nn.Module):
-    """A frozen vision transformer: final normed patch tokens, and the attention logits of `layers`.
+    """A frozen vision transformer: final patch tokens, and the attention logits of `layers`.
 
     name_or_timm_model: what load_network takes, or a timm VisionTransformer or Eva (it is kept, and
         resized in place).
     layers: 0-based.
     input_size: edge in pixels at which the network runs, a multiple of its patch; images of another
         size are resized, and the position table is resampled to the grid with antialias, as timm does.
-    The final norm is the network's. Where it has none for tokens (RADIO, InternViT, PE-spatial; "gap"
-        networks, whose fc_norm was trained on the mean of all tokens), it is a layer norm without
-        weights: what no network learned is not added, and a cosine loses but each token's mean.
+    Tokens are those of timm's forward_features, which its final norm has normed. "Gap" networks norm but
+        the mean of them, by fc_norm: here it norms each. PE-spatial, InternViT and RADIO have no final norm.
     Raises ValueError for a network without patches or plain self-attention, a layer it has not, or an
     impossible input_size.
     """
@@ -195,9 +194,8 @@ class Teacher(nn.Module):
                 x = x + of_mlp * block.mlp(block.norm2(x))
             else:
                 x = block(x, **rope)
-        tokens = network.norm(x)[:, prefix:]
-        if isinstance(network.norm, nn.Identity):
-            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        norm = network.fc_norm if isinstance(network.norm, nn.Identity) else network.norm
+        tokens = norm(x)[:, prefix:]
         chosen = [qk[layer] for layer in self.layers]
         if not return_qk:
             chosen = [attention_logits(q, k) for q, k in chosen]

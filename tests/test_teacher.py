@@ -56,8 +56,6 @@ def test_eva_equals_the_reference(golden, name):
     tokens, logits = frozen(z["images"])
     queries, keys = zip(*frozen(z["images"], return_qk=True)[1])
     expected = {name: z[name] for name in ("tokens", "logits", "queries", "keys")}
-    if isinstance(network.norm, nn.Identity):  # the reference's are as the network leaves them
-        expected["tokens"] = F.layer_norm(expected["tokens"], expected["tokens"].shape[-1:], eps=1e-6)
     found = dict(tokens=tokens, logits=torch.stack(logits), queries=torch.stack(queries), keys=torch.stack(keys))
     torch.testing.assert_close(found, expected, rtol=meta["rtol"], atol=meta["atol"])
 
@@ -146,8 +144,8 @@ def test_eva_equals_timm(name, settings, monkeypatch):
                         lambda q, k, v, **options: (attended.append((q, k)), attend(q, k, v, **options))[1])
     with torch.no_grad():
         expected = network.forward_features(preprocess(images, frozen.mean, frozen.std, 5 * patch))[:, prefix:]
-    if isinstance(network.norm, nn.Identity):
-        expected = F.layer_norm(expected, expected.shape[-1:], eps=1e-6)
+    if isinstance(network.norm, nn.Identity):  # of the mean alone, if any
+        expected = network.fc_norm(expected)
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(qk, [(q[:, :, prefix:], k[:, :, prefix:]) for q, k in attended[::-1]])
     assert torch.equal(frozen(images)[0], tokens)  # nothing of a call is left for the next
@@ -196,18 +194,16 @@ def test_a_network_serves_two_teachers():
     assert torch.equal(Teacher(network, (0,), 64)(images)[0], first)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: small_vit(global_pool="avg"),  # fc_norm
-    lambda: small_vit(final_norm=False),  # InternViT, RADIO
-    lambda: small_eva("vit_pe_spatial_tiny_patch16_512", patch_size=14),
-    lambda: small_eva("eva02_tiny_patch14_224"),  # fc_norm
-])
-def test_tokens_are_normed_where_the_network_norms_none(make):
-    network = make()
-    assert isinstance(network.norm, nn.Identity)
-    tokens, _ = Teacher(network, (), 28)(some_images(28))
-    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(tokens.var(-1, correction=0), torch.ones(2, 4), rtol=1e-3, atol=0)
+def test_tokens_are_normed_by_what_norms_their_mean():
+    network = small_vit(global_pool="avg")
+    assert isinstance(network.norm, nn.Identity) and isinstance(network.fc_norm, nn.LayerNorm)
+    nn.init.normal_(network.fc_norm.weight)
+    images = some_images(28)
+    frozen = Teacher(network, (), 28)
+    with torch.no_grad():
+        features = network.forward_features(preprocess(images, frozen.mean, frozen.std, 28))
+        expected = network.fc_norm(features)[:, network.num_prefix_tokens :]
+    torch.testing.assert_close(frozen(images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_no_other_layer(monkeypatch):
@@ -282,7 +278,8 @@ def test_families_work_as_the_page_says(name, works, monkeypatch):
     tokens, [(q, k)] = frozen(torch.zeros(2, 3, 256, 256, dtype=torch.uint8, device="meta"), return_qk=True)
     assert tokens.shape == (2, 256, network.embed_dim)
     assert q.shape[:3] == k.shape[:3] == (2, network.blocks[1].attn.num_heads, 256)
-    assert works == ("yes, normed" if isinstance(network.norm, nn.Identity) else "yes")
+    unnormed = isinstance(network.norm, nn.Identity) and isinstance(network.fc_norm, nn.Identity)
+    assert works == ("yes, not normed" if unnormed else "yes")
 
 
 def test_dinov3_takes_the_place_of_dinov2():
