@@ -1,12 +1,19 @@
-"""Teacher: reference numbers of DINOv2, other vision transformers, bad input, the shipped networks."""
+"""Teacher: reference numbers of DINOv2, DINOv3 and PE, other vision transformers, bad input, the shipped networks."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import prepare_latents
 import teacher
@@ -38,6 +45,19 @@ def test_tokens_and_logits_equal_the_reference(golden, name, input_size):
         torch.testing.assert_close(torch.stack(logits), z["logits"], **tolerance)
     else:
         torch.testing.assert_close(torch.stack(logits)[:, :, :, ::8], z["logits_rows"], **tolerance)
+
+
+@pytest.mark.parametrize("name", ["teacher_eva", "teacher_eva_pe"])
+def test_eva_equals_the_reference(golden, name):
+    z, state, meta = golden(name)
+    network = Eva(**meta["timm_kwargs"], norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    network.load_state_dict(state)
+    frozen = Teacher(network, meta["layers"], meta["run_size"])
+    tokens, logits = frozen(z["images"])
+    queries, keys = zip(*frozen(z["images"], return_qk=True)[1])
+    expected = {name: z[name] for name in ("tokens", "logits", "queries", "keys")}
+    found = dict(tokens=tokens, logits=torch.stack(logits), queries=torch.stack(queries), keys=torch.stack(keys))
+    torch.testing.assert_close(found, expected, rtol=meta["rtol"], atol=meta["atol"])
 
 
 def test_preprocessing_equals_the_reference(golden):
@@ -77,6 +97,115 @@ def test_any_timm_vit_with_plain_attention(name, settings):
     torch.testing.assert_close(tokens, expected[:, network.num_prefix_tokens :], rtol=1e-4, atol=1e-5)
 
 
+EVAS = {  # timm's names, whose settings differ, and settings that make them differ more
+    "vit_base_patch16_dinov3": {},
+    "vit_base_patch16_dinov3_qkvb": {},
+    "vit_small_plus_patch16_dinov3": {},
+    "eva02_tiny_patch14_224": {},  # position table too
+    "eva02_base_patch14_224": {},  # separate projections, norm inside the MLP
+    "eva02_base_patch16_clip_224": {},  # norm inside attention
+    "eva_giant_patch14_clip_224": {},  # no rotary embedding
+    "vit_pe_core_tiny_patch16_384": {},  # norm before the blocks
+    "vit_pe_spatial_tiny_patch16_512": {},
+    "vit_small_patch16_rope_mixed_ape_224": {},
+    "vit_medium_patch16_rope_reg1_gap_256": {},
+    "vit_base_patch16_sapiens2": dict(attn_only_layer_scale=True, num_kv_heads=3),  # norms of queries and keys
+}
+
+
+def small_eva(name="vit_base_patch16_dinov3", **settings):
+    """The network of a timm name in small, all its weights random, its LayerScale's near 1."""
+    settings = dict(depth=2, embed_dim=48, num_heads=3, num_classes=0, init_values=1.0) | settings
+    network = timm.create_model(name, pretrained=False, **settings).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def some_images(size):
+    return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name, settings", EVAS.items())
+def test_eva_equals_timm(name, settings, monkeypatch):
+    """Tokens those of forward_features, queries and keys those of which timm's attention makes its logits."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    network = small_eva(name, **settings)
+    patch, prefix = network.patch_embed.patch_size[0], network.num_prefix_tokens
+    frozen = Teacher(network, (1, 0), 5 * patch)
+    images = some_images(5 * patch)
+    tokens, qk = frozen(images, return_qk=True)
+    attended = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **options: (attended.append((q, k)), attend(q, k, v, **options))[1])
+    with torch.no_grad():
+        expected = network.forward_features(preprocess(images, frozen.mean, frozen.std, 5 * patch))[:, prefix:]
+    if isinstance(network.norm, nn.Identity):  # of the mean alone, if any
+        expected = network.fc_norm(expected)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(qk, [(q[:, :, prefix:], k[:, :, prefix:]) for q, k in attended[::-1]])
+    assert torch.equal(frozen(images)[0], tokens)  # nothing of a call is left for the next
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224"])
+def test_compiled_eva_equals_itself(name, backend):
+    """One graph, as train.py compiles it ("inductor")."""
+    frozen = Teacher(small_eva(name), (1,), 48)
+    tokens, logits = frozen(some_images(48))
+    frozen.forward = torch.compile(frozen.forward, fullgraph=True, dynamic=False, backend=backend)
+    torch.testing.assert_close(frozen(some_images(48)), (tokens, logits), rtol=1e-4, atol=1e-4)
+
+
+class AllOn(TorchDispatchMode):
+    """Fails where an operation makes a tensor on another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = torch.device(device)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        assert all(each.device == self.device for each in tree_leaves(made) if torch.is_tensor(each)), function
+        return made
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "eva02_tiny_patch14_224",
+                                  "vit_small_patch16_rope_mixed_ape_224", "vit_small_patch14_reg4_dinov2"])
+def test_a_call_makes_nothing_on_the_host(name, monkeypatch):
+    """A copy from there, as of timm's rotary embedding, waits for the GPU; "meta" stands for one here."""
+    network = timm.create_model(name, pretrained=False, depth=2, embed_dim=48, num_heads=3)
+    size = 4 * network.patch_embed.patch_size[0]
+    frozen = Teacher(network, (0, 1), size).to("meta")
+    monkeypatch.setattr(network, "_pos_embed", None)  # where timm makes it
+    with AllOn("meta"):
+        tokens, qk = frozen(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta"), return_qk=True)
+    assert tokens.shape == (2, 16, 48) and qk[0][0].shape == qk[1][1].shape == (2, 3, 16, 16)
+
+
+def test_a_network_serves_two_teachers():
+    network, images = small_eva(), some_images(64)
+    first, _ = Teacher(network, (0,), 64)(images)
+    Teacher(network, (0,), 96)
+    assert torch.equal(Teacher(network, (0,), 64)(images)[0], first)
+
+
+def test_tokens_are_normed_by_what_norms_their_mean():
+    network = small_vit(global_pool="avg")
+    assert isinstance(network.norm, nn.Identity) and isinstance(network.fc_norm, nn.LayerNorm)
+    nn.init.normal_(network.fc_norm.weight)
+    images = some_images(28)
+    frozen = Teacher(network, (), 28)
+    with torch.no_grad():
+        features = network.forward_features(preprocess(images, frozen.mean, frozen.std, 28))
+        expected = network.fc_norm(features)[:, network.num_prefix_tokens :]
+    torch.testing.assert_close(frozen(images)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_logits_of_no_other_layer(monkeypatch):
     network = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
     frozen = Teacher(network, (2,), 32)
@@ -100,17 +229,67 @@ def small_vit(**settings):
     return VisionTransformer(**{**dict(img_size=28, patch_size=14, embed_dim=32, depth=2, num_heads=2), **settings})
 
 
+def changed(network, **attributes):
+    """The network with other attributes of its second attention."""
+    for name, value in attributes.items():
+        setattr(network.blocks[1].attn, name, value)
+    return network
+
+
 @pytest.mark.parametrize("make, layers, size, message", [
     (small_vit, (2,), 28, r"teacher layers \[2\] must lie in 0\.\.1; change LAYER_PAIRS"),
     (small_vit, (0,), 30, "input_size 30 is no multiple of its patch size 14"),
     (lambda: timm.create_model("resnet18"), (0,), 28, "ResNet has no attention of the usual kind"),
-    (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), (0,), 28, "Eva has no attention of the usual kind"),
+    (lambda: small_eva(use_post_norm=True), (1,), 32, r"Eva has no .* in layer 1 \(EvaBlockPostNorm, EvaAttention\)"),
+    (lambda: changed(small_eva(attn_type="rope"), num_kv_groups=3), (0, 1), 32, r"layer 1 \(heads share keys\)"),
+    (lambda: changed(small_eva(), gate=nn.Identity()), (0, 1), 32, r"layer 1 \(its output is gated\)"),
+    (lambda: changed(small_vit(), gate=nn.Identity()), (0, 1), 28, r"layer 1 \(its output is gated\)"),
     (lambda: small_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), (1,), 28,
      "no attention of the usual kind in layer 1"),
 ])
 def test_impossible_teachers_are_refused(make, layers, size, message):
     with pytest.raises(ValueError, match=message):
         Teacher(make(), layers, size)
+
+
+def families():
+    """(a timm name, whether and how it works) of the table in experiments/README.md."""
+    page = (ROOT / "experiments/README.md").read_text()
+    table = page.split("| family | timm's names, for example | works |\n|---|---|---|\n")[1].split("\n\n")[0]
+    for line in table.splitlines():
+        _, names, works = line.strip("| ").split(" | ")
+        yield from ((name, works) for name in re.findall("`(.+?)`", names))
+
+
+@pytest.mark.parametrize("name, works", list(families()))
+def test_families_work_as_the_page_says(name, works, monkeypatch):
+    """Each network at its full size, without memory."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"):
+        network = timm.create_model(name, pretrained=False, num_classes=0)
+    monkeypatch.setattr(teacher, "load_network", lambda name: network)
+    middle = (len(getattr(network, "blocks", ())) // 2,)
+    if works.startswith("no: "):
+        with pytest.raises(ValueError, match=re.search('"(.+)"', works)[1]):
+            teacher.teacher_for_grid(name, middle, 16)
+        return
+    frozen = teacher.teacher_for_grid(name, middle, 16).to("meta")
+    tokens, [(q, k)] = frozen(torch.zeros(2, 3, 256, 256, dtype=torch.uint8, device="meta"), return_qk=True)
+    assert tokens.shape == (2, 256, network.embed_dim)
+    assert q.shape[:3] == k.shape[:3] == (2, network.blocks[1].attn.num_heads, 256)
+    unnormed = isinstance(network.norm, nn.Identity) and isinstance(network.fc_norm, nn.Identity)
+    assert works == ("yes, not normed" if unnormed else "yes")
+
+
+def test_dinov3_takes_the_place_of_dinov2():
+    """Same layers and heads, so the same LAYER_PAIRS; 256 pixels make 16 x 16 tokens."""
+    assert timm.is_model_pretrained("vit_base_patch16_dinov3.lvd1689m")
+    with torch.device("meta"):
+        ours, theirs = (timm.create_model(f"vit_base_{name}") for name in ("patch14_dinov2", "patch16_dinov3"))
+    assert len(ours.blocks) == len(theirs.blocks) == 12
+    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads == 12
+    assert theirs.patch_embed.patch_size == (16, 16)
 
 
 def test_unknown_name_is_refused():
