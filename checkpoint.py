@@ -9,7 +9,6 @@ A checkpoint's folder bears its name once all is in it; until then it is called 
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil

@@ -15,7 +15,7 @@ from tests.conftest import read_log
 
 SCRIPTS = (fid, prepare_latents, sample, train)
 ELSEWHERE = {"F", "FROZEN", "COLUMNS", "TIME_COLUMNS", "MODELS", "SCALE", "FORMAT", "REMEDY", "MALFORMED", "STORED",
-             "INCEPTION_URL", "RK45", "PIL", "TIMES", "SPACING", "PROMPTS"}  # no constants, or with a check of their own
+             "INCEPTION_URL", "RK45", "PIL", "TIMES", "SPACING", "PROMPTS"}  # no constants, or checked elsewhere
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

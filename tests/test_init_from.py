@@ -1,4 +1,4 @@
-"""INIT_FROM: a run that begins with weights that exist, ours or published; what of them is adapted, and what refused."""
+"""INIT_FROM: a run begins with weights that exist, ours or published; what of them is adapted, what is refused."""
 
 import json
 import signal
