@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 -m experiments.vavae sample
     torchrun --nproc_per_node=8 -m experiments.vavae fid
 
-256 tokens as on SD-VAE's latents with patches of 2, so pairs, depth and teacher stay. On one GPU it is python in place of
+256 tokens as on SD-VAE's latents with patches of 2, so pairs, depth and teacher stay; on one GPU, python in place of
 torchrun. Published FIDs without guidance: 5.14 of LightningDiT-XL/1 on these latents at 64 epochs (arXiv 2501.01423),
 4.05 of SiT-XL/1 at 80 with REPA-E, which trains the autoencoder along (arXiv 2504.10483). Here it has not been run.
 
