@@ -1,11 +1,12 @@
-"""Autoencoders of images (arXiv 2112.10752): SD's, SDXL's, SD3's, FLUX's, FLUX.2's, VA-VAE, REPA-E's.
+"""Autoencoders (arXiv 2112.10752): SD's, SDXL's, SD3's, FLUX's, FLUX.2's, VA-VAE and REPA-E's.
 
     vae, scale, shift = load_vae("stabilityai/sd-vae-ft-ema")
     mean, std = vae.encode(images)                    # images [B, 3, H, W] in -1..1
     latents = (mean + std * noise - shift) * scale    # SD-VAE: 4 x 32 x 32 of 256 x 256 pixels
     images = vae.decode(latents / scale + shift)
 
-Scale and shift are numbers, or lists of one a channel. Names and numbers are those of diffusers' AutoencoderKL.
+Scale and shift are numbers, or lists of one a channel. Parameter names and numbers are those of
+diffusers' AutoencoderKL.
 """
 
 from functools import lru_cache
@@ -147,15 +148,16 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The SD-VAE, or another by its arguments; loads state dicts of diffusers' AutoencoderKL, old and new, and LDM's.
+    """The SD-VAE, or another by its arguments; its state dict is that of diffusers' AutoencoderKL (old
+    names and LDM's load too).
 
-    attention: names of the blocks that have it. patch_size: FLUX.2 makes one latent of 2 x 2. Latents have `channels`
-    channels and 1 / `factor` of the images' height and width.
+    attention: the blocks that have it, by name. patch_size: FLUX.2's latents are patches of 2 x 2.
+    Latents have `channels` channels, and of the images' height and width 1 / `factor`.
     """
 
-    def __init__(self, block_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, norm_groups=32,
-                 decoder_channels=None, attention=("encoder.mid_block", "decoder.mid_block"), quant_conv=True,
-                 post_quant_conv=True, patch_size=1):
+    def __init__(self, block_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2,
+                 norm_groups=32, decoder_channels=None, quant_conv=True, post_quant_conv=True, patch_size=1,
+                 attention=("encoder.mid_block", "decoder.mid_block")):
         super().__init__()
         sizes, C = (latent_channels, layers_per_block, norm_groups, attention), latent_channels
         self.encoder = Encoder(block_channels, *sizes)
@@ -167,13 +169,13 @@ class AutoencoderKL(nn.Module):
         self.register_load_state_dict_pre_hook(lambda _, state, *__: rename_autoencoder(state))
 
     def encode(self, x):
-        """Images [B, 3, H, W] in -1..1 to the posterior's (mean, std), each [B, channels, H/factor, W/factor]."""
+        """Images [B, 3, H, W] in -1..1 to the posterior's (mean, std), [B, channels, H/factor, W/factor]."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(-30, 20))
         return F.pixel_unshuffle(mean, self.patch_size), F.pixel_unshuffle(std, self.patch_size)
 
     def decode(self, z):
-        """Latents as the encoder's [B, channels, h, w] to images [B, 3, factor h, factor w], nominally in -1..1."""
+        """Latents as encode makes them to images [B, 3, H, W], nominally in -1..1."""
         return self.decoder(self.post_quant_conv(F.pixel_shuffle(z, self.patch_size)))
 
 
@@ -185,14 +187,14 @@ def per_channel(numbers, device):
 
 
 def normalisation(vae_meta, device):
-    """(scale, shift), numbers or [C, 1, 1], by what a prepared folder's meta.json says of its VAE; (1, 0) without."""
+    """(scale, shift), numbers or [C, 1, 1], by what meta.json says of its VAE; (1, 0) without a VAE."""
     both = (vae_meta["scale"], vae_meta.get("shift", 0.0)) if vae_meta else (1.0, 0.0)
-    return [per_channel(tuple(each), device) if isinstance(each, (list, tuple)) else each for each in both]
+    return [each if isinstance(each, (int, float)) else per_channel(tuple(each), device) for each in both]
 
 
 def sample_latents(moments, noise, vae_meta):
-    """Normalised latents from stored (mean, std) [B, 2C, h, w], with noise [B, C, h, w]. Without a VAE (`vae_meta` is
-    None) pixels in -1..1 from uint8 [B, C, H, W]."""
+    """Normalised latents from stored (mean, std) [B, 2C, h, w], with noise [B, C, h, w]. Without a VAE
+    pixels in -1..1 from uint8 [B, C, H, W]. vae_meta: what meta.json says of the VAE, None without."""
     if vae_meta is None:
         pixels = moments.float(memory_format=torch.contiguous_format)  # decoded, they lie channels last
         return (pixels / 127.5 - 1).half().float()  # rounded as earlier versions stored them
@@ -202,7 +204,7 @@ def sample_latents(moments, noise, vae_meta):
 
 
 def describe_latents(data):
-    """The line that says what the network will see of a PreparedDataset's latents, where a wrong scale shows."""
+    """The line that says what the network will see of a PreparedDataset: there a wrong scale shows."""
     moments = data[torch.linspace(0, len(data) - 1, min(256, len(data))).long().numpy()][0]
     noise = torch.randn(len(moments), *data.shape, generator=torch.Generator().manual_seed(0))
     std, mean = (each.item() for each in torch.std_mean(sample_latents(moments, noise, data.vae)))
@@ -213,35 +215,36 @@ def describe_latents(data):
 
 # ----- from files ---------------------------------------------------------------------------------
 def load_vae(name, scale=None, shift=0.0):
-    """(AutoencoderKL in eval mode, scale, shift) from a hub name, a folder of diffusers', or a file of its or LDM's.
+    """(AutoencoderKL in eval mode, scale, shift) of a hub name, a diffusers folder or a weights file.
 
-    scale, shift: what a run uses in place of what the VAE says. Raises ValueError if config or weights cannot be
-    fetched, or are not an AutoencoderKL's, or if nothing says how its latents are normalised.
+    scale, shift: of a run that has its own, in place of the VAE's. Raises ValueError if config or
+    weights cannot be fetched, or are no AutoencoderKL's, or nothing says how to normalise its latents.
     """
     find, weights = find_autoencoder(name)
     config = read_config(find("config.json"))  # before the weights, which may be gigabytes
     file = find(weights, needed=True)
     try:
         state = read_autoencoder(file)
-        vae = AutoencoderKL(**autoencoder_arguments(state), norm_groups=config.get("norm_num_groups", 32))
+        groups = config.get("norm_num_groups", 32)
+        vae = AutoencoderKL(**autoencoder_arguments(state), norm_groups=groups)
         vae.load_state_dict({key: value for key, value in state.items() if not key.startswith("bn.")})
-    except Exception as error:  # whatever a damaged file does to safetensors or torch, the user's remedy is one
+    except Exception as error:  # whatever a damaged file does to safetensors or torch, the remedy is one
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not the weights of a diffusers AutoencoderKL, or LDM's, or damaged ({reason}); set "
-                         f"VAE to one of Stable Diffusion's, or fetch the file again") from error
+        raise ValueError(f"{file}: not the weights of a diffusers AutoencoderKL, or of LDM's, or damaged "
+                         f"({reason}); set VAE to one of Stable Diffusion's, or fetch it again") from error
     if scale is None:
         scale, shift = own_normalisation(state, config, find, file, vae.channels)
     return vae.eval().requires_grad_(False), scale, shift
 
 
 def load_decoder(name, vae_meta, channels, checkpoint):
-    """The VAE called `name` that decodes latents of so many channels, drawn from a checkpoint whose data had vae_meta.
-    Raises ValueError where it does not fit, or the name is None, as of REPA-E's checkpoints."""
+    """The VAE called `name`, for latents of so many channels that a checkpoint draws. Raises ValueError
+    where it does not fit, or the name is None, as of REPA-E's checkpoints."""
     if name is None:
-        raise ValueError(f"{checkpoint}: does not say which VAE its latents are of; set VAE to that, or to the "
-                         f"checkpoint itself if it holds its VAE, as those of REPA-E do")
+        raise ValueError(f"{checkpoint}: does not say which VAE its latents are of; set VAE to that, or to "
+                         f"the checkpoint itself if it holds its VAE, as those of REPA-E do")
     vae = load_vae(name, vae_meta["scale"])[0]
     if vae.channels != channels:
-        raise ValueError(f"VAE {name!r} has latents of {vae.channels} channels, but {checkpoint} draws {channels}; set "
-                         f"VAE to the one that it was trained with")
+        raise ValueError(f"VAE {name!r} has latents of {vae.channels} channels, but {checkpoint} draws "
+                         f"{channels}; set VAE to the one that it was trained with")
     return vae

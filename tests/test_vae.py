@@ -206,7 +206,7 @@ def test_vae_that_cannot_be_loaded(tmp_path):
 
 @pytest.mark.parametrize("config", [
     dict(_class_name="AutoencoderDC", latent_channels=32, scaling_factor=0.41407), dict(_class_name="AutoencoderRAE"),
-    dict(_class_name="AutoencoderKLQwenImage", z_dim=16, latents_mean=[0.0] * 16), dict(model_type="vit_mae")])
+    dict(_class_name="AutoencoderKLQwenImage", z_dim=16, latents_mean=[0.0] * 16)])
 def test_another_form_is_named_before_weights_are_read(config, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
