@@ -150,7 +150,8 @@ def find(run, settings, frozen):
                      if value != settings["sit"].get(key, value)]
     before, now = saved["data"], settings["data"]
     if same(saved, settings, "data"):  # wherever their source and VAE lie
-        before, now = ({**data, "source": None, "vae": data["vae"] and data["vae"]["scale"]} for data in (before, now))
+        before, now = ({**data, "source": None, "vae": data["vae"] and {**data["vae"], "name": None}}
+                       for data in (before, now))
     differing += [(f"the data's {key}", before[key], now.get(key)) for key in before if before[key] != now.get(key)]
     if differing:
         told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)

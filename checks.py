@@ -19,7 +19,7 @@ NETWORKS = ("TEACHER", "TEXT_ENCODER")  # constants that say where a network lie
 def check_constants(constants, rules, **choices):
     """Checks a script's constants, globals(), before any work: {rule: names}, and for each other name its choices.
     Rules are "[two] [whole] number[s] from|above A [to B] [or None]", "True or False", "path [or None]", "list [or
-    None]".
+    None]", "scale, (scale, shift) or None".
 
     Whole floats become ints, None becomes 0 where that is allowed, ~ is expanded. Raises ValueError
     that names the constant, its value and what is allowed.
@@ -45,6 +45,11 @@ def checked(name, value, rule):
         if not isinstance(value, (list, tuple, range, np.ndarray)):
             raise refused
         return value
+    if rule.startswith("scale"):  # becomes the pair
+        pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, 0.0)
+        if not all(isinstance(each, numbers.Real) and not isinstance(each, bool) for each in pair) or pair[0] <= 0:
+            raise refused
+        return list(pair)
     if rule.startswith("path"):
         if not isinstance(value, (str, os.PathLike)) or not str(value):
             raise refused
@@ -89,7 +94,7 @@ def comparable(settings, other):
     """A preparation's settings beside another's, but for what makes no difference: a path's spelling, where a VAE of
     the same weights lies, and which of Stable Diffusion's two fine-tuned VAEs it is, whose encoder is the same, so that
     a folder serves both. What folders of earlier versions do not say is what these did."""
-    settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, **settings}
+    settings = {"crop": "adm", "captions_source": None, "captions_checksum": None, "vae_scale": None, **settings}
     captions, sums = settings["captions_source"], {each.get("vae_checksum") for each in (settings, other)}
     vae = str(settings["vae_name"]).replace("sd-vae-ft-mse", "sd-vae-ft-ema")
     return dict(settings, source=os.path.realpath(settings["source"]), vae_checksum=None,

@@ -29,7 +29,7 @@ class PreparedDataset:
     labels.npy            int64 [N]
     captions.txt          only if there are: UTF-8, one a line
     caption_offsets.npy   int64 [N + 1]: image i has captions offsets[i] .. offsets[i + 1] - 1
-    meta.json             count, sizes, class names, VAE and its scale, source, versions, bytes, checksums of the files
+    meta.json             count, sizes, class names, VAE and its scale and shift, source, versions, bytes, checksums
 
     Without a VAE the moments are the images' pixels, uint8 [B, C, H, W] (C 1 for grayscale), decoded once for both.
     `dataset[indices, draws]`, draws in 0..1, has the number of a caption of each image, int64 [B], in place of labels.

@@ -20,7 +20,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 MODELS = {
     f"SiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch)
     for size, (depth, hidden, heads) in SIZES.items()
-    for patch in (2, 4, 8)
+    for patch in (1, 2, 4, 8)
 }
 MODELS["MMDiT/2"] = dict(depth=24, hidden_size=768, num_heads=24, patch_size=2, context_dim=768)
 for patch in (16, 32):

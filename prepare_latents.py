@@ -35,8 +35,9 @@ from tqdm import tqdm
 from checks import check_constants, check_space, check_webp, comparable, refuse_other, weights_checksum
 from dataset import FORMAT, REMEDY, PreparedDataset, new_batch, open_loader
 from images import ImageFiles, PublishedLatents, center_crop, open_source, pack, square_crop
+from published import SCALE
 from runtime import ends_in_one_line, lock_folder, remove_folder, reserve, run_script, start_processes, write_atomically
-from vae import SCALE, load_vae
+from vae import describe_latents, load_vae
 
 # source
 SOURCE = "data/imagenet/train"  # what to prepare: see above
@@ -49,7 +50,8 @@ LEAVE_OUT_UNREADABLE = False  # True: finish without images that cannot be read,
 DATA_DIR = "data/imagenet256"
 IMAGE_SIZE = 256  # pixels
 CROP = "adm"  # ADM's centre crop, as for ImageNet; "square": the largest centred square, then Lanczos, as for COCO
-VAE = "stabilityai/sd-vae-ft-ema"  # hub name, or diffusers' folder or weights file; None: pixels, no VAE
+VAE = "stabilityai/sd-vae-ft-ema"  # hub name, folder or file, see experiments/README.md; None: pixels, no VAE
+VAE_SCALE = None  # of its latents: None is what the VAE says; s, or (s, m) for (z - m) s, a recipe's own
 VAE_PRECISION = "float32"  # or "bf16": see experiments/README.md for what it does to the moments
 MIRROR = False  # store the latents of the mirrored images too, for train.MIRROR
 # speed
@@ -94,7 +96,6 @@ class Crops:
             except ValueError as error:  # its own fault; what else fails ends the run
                 notes[int(i)], targets[row] = str(error), 0
         return torch.from_numpy(moments) if brought else pixels.permute(0, 3, 1, 2), packed, notes
-
 
 
 # ----- chunks -------------------------------------------------------------------------------------
@@ -201,16 +202,17 @@ def open_vae(source, device):
     if VAE is None:
         return None, None, (len(source.mode), IMAGE_SIZE, IMAGE_SIZE)
     if isinstance(source, PublishedLatents):
-        return None, dict(name=VAE, scale=SCALE), source.shape
-    vae, scale = load_vae(VAE)
-    vae = vae.to(device, memory_format=torch.channels_last)
-    factor = 2 ** (len(vae.encoder.down_blocks) - 1)
-    if IMAGE_SIZE % factor:
-        raise ValueError(f"IMAGE_SIZE {IMAGE_SIZE} is no multiple of {factor}, the VAE's reduction")
-    if COMPILE:
-        vae.encode = torch.compile(vae.encode)
-    shape = (vae.quant_conv.out_channels, IMAGE_SIZE // factor, IMAGE_SIZE // factor)
-    return vae, dict(name=VAE, scale=scale), shape
+        scale, shift = VAE_SCALE or (SCALE, 0.0)
+        vae, shape = None, source.shape
+    else:
+        vae, scale, shift = load_vae(VAE, *(VAE_SCALE or ()))
+        vae = vae.to(device, memory_format=torch.channels_last)
+        if IMAGE_SIZE % vae.factor:
+            raise ValueError(f"IMAGE_SIZE {IMAGE_SIZE} is no multiple of {vae.factor}, the VAE's reduction")
+        if COMPILE:
+            vae.encode = torch.compile(vae.encode)
+        shape = (2 * vae.channels, IMAGE_SIZE // vae.factor, IMAGE_SIZE // vae.factor)
+    return vae, dict(name=VAE, scale=scale, **(dict(shift=shift) if shift else {})), shape
 
 
 class Plan:
@@ -366,6 +368,8 @@ def report(plan, meta, seconds, unreadable):
           f"  {list(plan.shape)} an image: {sizes}\n"
           f"  left out: {unreadable} unreadable images, {source.unclassed} images outside class folders; "
           f"ignored {source.ignored} files that are no images{' of CAPTIONS' if CAPTIONS else ''}")
+    if VAE is not None:
+        print(f"  {describe_latents(PreparedDataset(plan.folder, with_images=False))}")
 
 
 # ----- checking -----------------------------------------------------------------------------------
@@ -391,7 +395,7 @@ def check(folder):
         return print(written)
     rows = np.unique(np.linspace(0, len(data) - 1, CHECK_IMAGES).astype(int))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_vae(data.vae["name"])[0].to(device)
+    vae = load_vae(data.vae["name"], data.vae["scale"])[0].to(device)
     worst = 0
     for some in np.array_split(rows, -(-len(rows) // BATCH_SIZE)):
         stored, _, images = data[some]
@@ -428,14 +432,15 @@ def main():
     started = time.time()
     check_constants(globals(), {
         "path": "SOURCE DATA_DIR", "path or None": "CAPTIONS VAE", "list or None": "SHEET_CLASSES",
-        "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
+        "scale, (scale, shift) or None": "VAE_SCALE", "True or False": "LEAVE_OUT_UNREADABLE MIRROR COMPILE CHECK",
         "whole number from 1": "SHEET_TILE IMAGE_SIZE BATCH_SIZE CHUNK CHECK_IMAGES", "whole number from 0": "WORKERS",
         "number from 0": "CHECK_TOLERANCE"}, CROP=("adm", "square"), VAE_PRECISION=("float32", "bf16"))
     check_webp()
     folder = Path(DATA_DIR)
     settings = dict(source=str(SOURCE), captions_source=CAPTIONS and str(CAPTIONS), image_size=IMAGE_SIZE, crop=CROP,
                     vae_name=VAE, vae_checksum=weights_checksum(VAE) if VAE else None, mirror=MIRROR,
-                    vae_precision=VAE_PRECISION if VAE else None)
+                    vae_precision=VAE_PRECISION if VAE else None,
+                    **(dict(vae_scale=VAE_SCALE) if VAE and VAE_SCALE else {}))
     if CHECK:
         return check(folder)
     if is_finished(folder, settings):

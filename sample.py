@@ -41,7 +41,7 @@ from runtime import (
     write_atomically,
 )
 from text import CaptionTable, TextEncoder
-from vae import load_vae
+from vae import load_decoder, normalisation
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
@@ -220,11 +220,12 @@ class IndexedNoise:
 
 
 @torch.no_grad()
-def to_bytes(latents, vae=None, scale=None):
-    """Latents [B, C, h, w] (without a VAE: pixels in -1..1) to uint8 [B, 3, H, W], truncated as in ADM's evaluation."""
+def to_bytes(latents, vae=None, scale=1.0, shift=0.0):
+    """Latents [B, C, h, w] (without a VAE: pixels in -1..1) to uint8 [B, 3, H, W], truncated as in ADM's evaluation.
+    scale, shift: of vae.normalisation."""
     x = latents.float()
-    if vae is not None:
-        x = torch.cat([vae.decode(some) for some in (x / scale).split(16)])  # its activations are 100 times a sample
+    if vae is not None:  # its activations are 100 times a sample
+        x = torch.cat([vae.decode(some) for some in (x / scale + shift).split(16)])
     return (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 
@@ -252,7 +253,7 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, cont
     for row_noise, row_y in zip(noise.split(columns), y.repeat_interleave(columns).split(columns)):
         latents = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=null,
                              path=settings["PATH"])
-        images.append(to_bytes(latents, vae, vae_meta and vae_meta["scale"]))
+        images.append(to_bytes(latents, vae, *normalisation(vae_meta, device)))
     save_grid(torch.cat(images), columns, path)
 
 
@@ -332,9 +333,10 @@ class Sampler:
         dropout = arguments.get("class_dropout_prob", self.settings.get("LABEL_DROPOUT"))
         if any(scale != 1 for scale in scales) and not dropout:
             raise ValueError(f"CFG_SCALE {CFG_SCALE} needs a model trained with LABEL_DROPOUT; set it to 1")
-        vae_meta, self.vae, self.scale = self.settings["data"]["vae"], None, None
+        vae_meta, self.vae = self.settings["data"]["vae"], None
         if vae_meta is not None:
-            self.vae, self.scale = load_vae(VAE or vae_meta["name"])[0].to(device), vae_meta["scale"]
+            self.vae = load_decoder(VAE or vae_meta["name"], vae_meta, model.in_channels, checkpoint).to(device)
+        self.normalisation = normalisation(vae_meta, device)
         if COMPILE and device.type == "cuda":
             for part in (*model.blocks, model.final_layer):  # once for BATCH_SIZE, once for any other number
                 part.compile(fullgraph=True)
@@ -364,7 +366,7 @@ class Sampler:
             latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
         else:
             latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **fixed)
-        return to_bytes(latents, self.vae, self.scale).cpu()
+        return to_bytes(latents, self.vae, *self.normalisation).cpu()
 
     def draw_all(self, indices, shown, **options):
         """The same for any number of them."""
@@ -411,7 +413,8 @@ def save_pictures(sampler, out):
         states = []
         final = sampler.draw(range(rows), shown, states=states)
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
-        frames = [to_bytes(states[i], sampler.vae, sampler.scale).cpu() if i < len(states) else final for i in moments]
+        frames = [to_bytes(states[i], sampler.vae, *sampler.normalisation).cpu() if i < len(states) else final
+                  for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
         print(f"{out / 'path.png'}: {rows} {kind}, {FRAMES} moments from noise to image")
 
@@ -429,7 +432,7 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     if plan_file.exists():
         refuse_other(unfinished, "was begun", json.loads(plan_file.read_text()), settings, "OUT")
     elif rank == 0:
-        size = sampler.shape[-1] * (2 ** (len(sampler.vae.decoder.up_blocks) - 1) if sampler.vae else 1)
+        size = sampler.shape[-1] * (sampler.vae.factor if sampler.vae else 1)
         reserve(images_file, (NUM_SAMPLES, size, size, 3), np.uint8)
         reserve(done_file, (NUM_SAMPLES,), bool)
         write_atomically(plan_file, lambda path: path.write_text(json.dumps(settings, indent=1)))

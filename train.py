@@ -394,7 +394,9 @@ def main():
         teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
         if FEATURE_WEIGHT:
             network["teacher_dim"] = teacher.dim
-    vae = load_vae(data.vae["name"])[0].to(device) if PREVIEW_EVERY and data.vae and rank == 0 else None
+    vae = None
+    if PREVIEW_EVERY and data.vae and rank == 0:
+        vae = load_vae(data.vae["name"], data.vae["scale"])[0].to(device)
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))

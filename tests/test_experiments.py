@@ -20,7 +20,7 @@ import model
 import prepare_latents
 import sample
 import train
-from experiments import attention, compare, compare_small, draw, imagenet512, irepa, jit, late, minimal, release
+from experiments import attention, compare, compare_small, draw, imagenet512, irepa, jit, late, minimal, release, vavae
 from tests.conftest import ROOT, read_log, set_constants, small_constants
 
 MODULES = [path.relative_to(ROOT) for path in (*sorted((ROOT / "experiments").glob("*.py")), ROOT / "tests/bench.py",
@@ -249,6 +249,20 @@ def test_the_512_run_in_short(restored, monkeypatch, tmp_path, teacher_file, vae
     shrink(monkeypatch, imagenet512, teacher_file, "SiT-T/4", 32, STEPS=2)
     run_parts(monkeypatch, imagenet512, "prepare", "train", "sample", "fid")
     assert json.loads((tmp_path / "runs/haste-xl-512/fid.json").read_text())["sample_count"] == 8
+
+
+@pytest.mark.slow
+def test_the_run_on_va_vaes_latents_in_short(restored, monkeypatch, tmp_path, teacher_file, vae_folder):
+    monkeypatch.chdir(tmp_path)
+    vavae.settings()
+    assert prepare_latents.VAE.startswith("hustvl/") and (train.MODEL, train.ALIGN_STEPS) == ("SiT-XL/1", 250_000)
+    with torch.device("meta"):
+        assert model.build(train.MODEL, in_channels=32, input_size=16).pos_embed.shape[1] == 256
+    set_constants(monkeypatch, vavae, VAE=str(vae_folder[0]))
+    set_constants(monkeypatch, prepare_latents, COMPILE=False)
+    shrink(monkeypatch, vavae, teacher_file, "SiT-T/4", 32, STEPS=2)
+    run_parts(monkeypatch, vavae, "prepare", "train", "sample", "fid")
+    assert json.loads((tmp_path / "runs/haste-xl-vavae/fid.json").read_text())["sample_count"] == 8
 
 
 HASTE = "stopped at 2000"

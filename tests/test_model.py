@@ -378,7 +378,7 @@ def test_activation_checkpointing_changes_nothing(name, y, arguments):
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown model 'SiT-XXL/2'; choose one of .*SiT-XL/2"):
         build("SiT-XXL/2")
-    assert len(MODELS) == 22
+    assert len(MODELS) == 26
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -585,7 +585,7 @@ def test_pixels_train_to_the_same_bits_as_when_they_were_stored_in_float16(mode,
 
 @pytest.mark.parametrize("constants, message", [
     (dict(DATA_DIR="/nowhere"), "/nowhere: no such folder; set DATA_DIR to a prepared data set"),
-    (dict(MODEL="SiT-XXL/2"), "unknown MODEL 'SiT-XXL/2'; choose one of SiT-S/2"),
+    (dict(MODEL="SiT-XXL/2"), "unknown MODEL 'SiT-XXL/2'; choose one of SiT-S/1"),
     (dict(MODEL="SiT-S/8", TEACHER="absent.safetensors"),
      r"'SiT-S/8' does not fit the pixels of .*, \(1, 28, 28\); its patch must divide the side"),
     (dict(PATH="straight"), "unknown PATH 'straight'"),
