@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checks import NETWORKS, differ, names_alone, same, told_apart, weights_checksum
 from model import make_network
-from published import published_settings, read_weights, with_our_names, with_time_from_data
+from published import published_settings, read_weights, with_our_names
 from runtime import lock_folder, opened, remove_folder, write_atomically
 
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
@@ -43,10 +43,11 @@ EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp"
 def describe(constants, data, sit):
     """A run's settings: every constant of its script, the model's arguments, the data set, versions; and checksums, by
     which data and networks are known wherever they lie."""
-    no_settings = ("F", "MODELS", "FROZEN", "COLUMNS", "TIME_COLUMNS")
+    no_settings = ("F", "MODELS", "FROZEN", "LOGS")
     own = {name: value for name, value in constants.items() if name.isupper() and name not in no_settings}
     keys = ("source", "count", "image_size", "latent_shape", "vae", "classes", "captions")
     described = {key: data.meta[key] for key in keys if key in data.meta}
+    described["class_counts"] = np.bincount(data.labels, minlength=len(data.classes)).tolist()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     sums = {name: weights_checksum(own[name]) for name in NETWORKS}
     sums["data"] = zlib.crc32(json.dumps(data.meta["chunks"]).encode()) if "chunks" in data.meta else None
@@ -208,6 +209,11 @@ def append(path, line):
         tqdm.write(f"{path}: {error.strerror}; the run goes on")
 
 
+def append_row(path, values):
+    """Adds values to a CSV file, None as nothing."""
+    append(path, ",".join("" if value is None else str(value) for value in values))
+
+
 def truncate_log(path, step, columns):
     """Starts a log, or drops the rows after `step`, which a resumed run writes again, and one cut short by a kill."""
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
@@ -216,12 +222,21 @@ def truncate_log(path, step, columns):
 
 
 def open_tracker(tracker, run, settings, step):
-    """A function (step, values) that reports to "tensorboard", "wandb" or, with None, nobody."""
+    """A function (step, values) that reports numbers, and pictures by their paths, to "tensorboard", "wandb" or, with
+    None, nobody."""
     if tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run, purge_step=step + 1)  # later ones, which a killed run wrote, are written again
         opened[run, tracker] = writer.close
-        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+        def report(step, values):
+            for key, value in values.items():
+                if isinstance(value, Path):
+                    writer.add_image(key, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+                else:
+                    writer.add_scalar(key, value, step)
+
+        return report
     if tracker == "wandb":
         import wandb
         place = hashlib.sha256(bytes(run.resolve())).hexdigest()[:16]  # by which W&B knows the run
@@ -233,7 +248,13 @@ def open_tracker(tracker, run, settings, step):
         opened[run, tracker] = getattr(there, "finish", lambda: None)
         done = getattr(there, "step", 0)  # what a killed run logged is the same again, and W&B takes no step twice
         log = getattr(there, "log", wandb.log)
-        return lambda step, values: log(values, step=step) if step >= done else None
+
+        def report(step, values):
+            pictures = {key: wandb.Image(str(value)) for key, value in values.items() if isinstance(value, Path)}
+            if step >= done:
+                log(values | pictures, step=step)
+
+        return report
     return lambda step, values: None
 
 
@@ -278,57 +299,3 @@ def load_model(path, average=None, constant="CHECKPOINT"):
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
                          f"set {constant} to another") from error
     return model.eval().requires_grad_(False), settings
-
-
-def kind_of(network):
-    """In words, what weights of other networks must agree in."""
-    return (f"{type(network).__name__} of {len(network.blocks)} blocks of width {network.pos_embed.shape[-1]}, "
-            f"{network.num_heads} heads and patch {network.patch_size}")
-
-
-def adapted_classes(table, theirs, ours, rows):
-    """The rows [rows, D] for so many classes of ours, and "no label", from a table of theirs: classes of another number
-    all begin as "no label", or the mean where there is none."""
-    null = table[theirs:] if len(table) > theirs else table.mean(dim=0, keepdim=True)
-    return torch.cat([table[:theirs] if ours == theirs else null.expand(ours, -1), null])[:rows]
-
-
-def initial_weights(path, network, settings):
-    """(weights for a new network of these arguments, out of those that load_model reads; a line that says what of them
-    was adapted, what begins fresh, and what differs besides). Raises ValueError for another kind of network or path."""
-    source, theirs = load_model(path, constant="INIT_FROM")
-    with torch.device("meta"):
-        model = make_network({**network, "teacher_dim": None})
-    kinds = [f"{kind_of(each)}, path {its['PATH']!r}" for each, its in ((source, theirs), (model, settings))]
-    remedy = "set MODEL and PATH to the same, or INIT_FROM to other weights or None"
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"INIT_FROM {path}: {kinds[0]}, but this run's is {kinds[1]}; {remedy}")
-    weights, wanted = source.state_dict(), model.state_dict()
-    if theirs.get("time_from_noise"):
-        weights = with_time_from_data(weights, source.in_channels)
-    like = lambda name: name in weights and name in wanted and weights[name].shape == wanted[name].shape
-
-    # what depends on the latents' channels, or on the text encoder
-    fresh = [part for part in ("x_embedder", "final_layer.linear", "context_embedder")
-             if not all(like(name) for name in wanted if name.startswith(part))]
-    weights = {name: weight for name, weight in weights.items() if not name.startswith(tuple(fresh))}
-    adapted, classes = [], "y_embedder.embedding_table.weight"
-    if classes in weights and not like(classes):
-        rows = len(wanted[classes])
-        weights[classes] = adapted_classes(weights[classes], source.num_classes, model.num_classes, rows)
-        adapted.append(f"{source.num_classes:,} classes to {model.num_classes:,}")
-    if not like("pos_embed"):
-        square = weights["pos_embed"].unflatten(1, (source.grid, source.grid)).permute(0, 3, 1, 2)
-        square = F.interpolate(square, (model.grid, model.grid), mode="bicubic")  # beyond a table nothing was learned
-        weights["pos_embed"] = square.flatten(2).transpose(1, 2)
-        adapted.append(f"{source.grid} x {source.grid} positions to {model.grid} x {model.grid}")
-
-    unlike = [name for name in {**wanted, **weights} if not like(name) and not name.startswith(tuple(fresh))]
-    if unlike:
-        raise ValueError(f"INIT_FROM {path}: differs from this run's network in {unlike[0]}; {remedy}")
-    before, now = (dict(each, VAE=each["data"]["vae"]) for each in (theirs, settings))
-    asked = ["VAE", "NOISE_SCALE", "TEXT_ENCODER"][: 3 if "context_dim" in network else 2]
-    differing = [f"{key} {told_apart(before[key], now[key])}" for key in asked if before.get(key, now[key]) != now[key]]
-    parts = dict(adapted=adapted, fresh=[*fresh, "projector"], differs=differing)
-    told = [f"{what}: {', '.join(which)}" for what, which in parts.items() if which]
-    return weights, f"{path}: {len(weights)} tensors to start from; {'; '.join(told)}"

@@ -67,3 +67,10 @@ def attention_loss_of_qk(student, teacher):
         pieces = zip(q.split(256, dim=2), teacher_q.split(256, dim=2))
         losses.append(sum(rows.shape[2] / N * loss_of(rows, k, targets, teacher_k) for rows, targets in pieces))
     return torch.stack(losses).mean()
+
+
+def sums_by_time(losses, t):
+    """Of images at times t [B] the sum of their losses [B] and their number in each tenth of 0..1, [2, 10]; by a table
+    of all pairs, as it takes neither a wait for the GPU nor sums in an order that changes."""
+    inside = (10 * t).long().clamp(max=9) == torch.arange(10, device=t.device)[:, None]  # [10, B]
+    return torch.stack([(inside * losses).sum(dim=1), inside.sum(dim=1)])

@@ -52,7 +52,7 @@ EMA = None  # of a published JiT: None is its "model_ema1", of decay 0.9999; or 
 # what to draw
 OUT = None  # folder for samples.npz and pictures; None: "samples" in RUN_DIR
 NUM_SAMPLES = 50_000  # images in samples.npz; 0: pictures alone
-CLASS_SAMPLING = "uniform"  # classes are drawn at random, as in the papers; "balanced": all in turn
+CLASS_SAMPLING = "uniform"  # classes at random, as in the papers; "data": as often as trained on; "balanced": in turn
 CLASSES = None  # class ids to draw; None: all
 PROMPTS = None  # for a model of text: a list of texts; or a prepared folder: of each image one caption
 SEED = 0
@@ -273,8 +273,8 @@ def check_settings():
         "whole number from 0": "NUM_SAMPLES SEED FRAMES", "whole number from 1": "STEPS BATCH_SIZE",
         "number from 0": "CFG_SCALE", "two numbers from 0 to 1": "GUIDANCE",
         "two whole numbers from 0 or None": "GRID", "list or None": "CLASSES", "list": "COMPARE",
-        "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"),
-        SOLVER=("euler", "heun", "adaptive"), CLASS_SAMPLING=("uniform", "balanced"), PRECISION=("bf16", "float32"))
+        "True or False": "PNGS COMPILE"}, MODE=("sde", "ode"), SOLVER=("euler", "heun", "adaptive"),
+        CLASS_SAMPLING=("uniform", "data", "balanced"), PRECISION=("bf16", "float32"))
     if GUIDANCE[0] > GUIDANCE[1]:
         raise ValueError(f"GUIDANCE {GUIDANCE}: the interval's lower end comes first")
     if SPACING != "log" and not (isinstance(SPACING, (int, float)) and SPACING > 0):
@@ -324,6 +324,13 @@ class Sampler:
             if not self.choices or any(y not in range(self.null) for y in self.choices):
                 raise ValueError(f"CLASSES {self.choices} must name at least one of the model's "
                                  f"classes 0..{self.null - 1}")
+        self.drawn_from = self.choices
+        if CLASS_SAMPLING == "data":
+            counts = self.settings["data"].get("class_counts")
+            if counts is None or self.encoder or not any(counts[y] for y in self.choices):
+                raise ValueError(f"CLASS_SAMPLING 'data': {checkpoint} does not say how many images it saw of what it "
+                                 f"draws; set it to 'uniform'")
+            self.drawn_from = np.repeat(self.choices, [counts[y] for y in self.choices]).tolist()
         self.per_call = "bottleneck_dim" in arguments  # JiT's convention
         self.noise_scale = self.settings.get("NOISE_SCALE", 1.0)
         if MODE == "sde" and self.noise_scale != 1:
@@ -446,7 +453,7 @@ def draw_samples(sampler, out, settings, checkpoint, rank, world):
     if rank == 0:  # while the others begin
         save_pictures(sampler, out)
 
-    shown = [class_of(i, sampler.choices) for i in range(NUM_SAMPLES)]
+    shown = [class_of(i, sampler.drawn_from) for i in range(NUM_SAMPLES)]
     batches = [missing[i : i + BATCH_SIZE] for i in range(0, len(missing), BATCH_SIZE)]
     drawn = NUM_SAMPLES - len(missing)
     with tqdm(total=NUM_SAMPLES, initial=drawn, unit="img", desc="sampling", disable=rank > 0) as bar:

@@ -32,7 +32,8 @@ import costs
 from checkpoint import local
 from checks import are_pairs, check_constants, is_installed, too_short_for_ema
 from dataset import PreparedDataset, open_loader
-from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens
+from init_from import initial_weights
+from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens, sums_by_time
 from model import MODELS, interpolate, make_network
 from runtime import collect_stops, ends_in_one_line, exit_status, has_bf16, run_script, start_processes
 from sample import save_preview, seed_from
@@ -100,9 +101,10 @@ TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHIFT", "NOISE_SCALE",
           "TEXT_ENCODER", "TEXT_LENGTH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
           "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM")
-COLUMNS = ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm",
-           "gradient_cosine", "skipped", "images_per_s", "step_ms", "mfu", "peak_gib")
-TIME_COLUMNS = ("step", *(f"t {i / 10} to {(i + 1) / 10}" for i in range(10)))  # the denoising loss there
+LOGS = {
+    "log.csv": ("step", "phase", "denoising_loss", "feature_loss", "attention_loss", "grad_norm", "gradient_cosine",
+                "skipped", "images_per_s", "step_ms", "mfu", "peak_gib"),
+    "loss_by_time.csv": ("step", *(f"t {i / 10} to {(i + 1) / 10}" for i in range(10)))}  # denoising
 
 
 # ----- losses of a batch --------------------------------------------------------------------------
@@ -133,13 +135,6 @@ def compute_losses(student, teacher, x, noise, t, context, images, align=alignme
         feature, attention = align(features, student_qk, teacher_tokens, teacher_qk)
     each = (velocity.detach().float() - target).square().mean(dim=(1, 2, 3))
     return F.mse_loss(velocity.float(), target), feature, attention, each
-
-
-def sums_by_time(losses, t):
-    """Of images at times t [B] the sum of their losses [B] and their number in each tenth of 0..1, [2, 10]; by a table
-    of all pairs, as it takes neither a wait for the GPU nor sums in an order that changes."""
-    inside = (10 * t).long().clamp(max=9) == torch.arange(10, device=t.device)[:, None]  # [10, B]
-    return torch.stack([(inside * losses).sum(dim=1), inside.sum(dim=1)])
 
 
 # ----- data order and noise: functions of (SEED, step), so that nothing need be replayed ----------
@@ -371,7 +366,7 @@ def main():
     settings = checkpoint.describe(globals(), data, network)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
-    initial, begun = checkpoint.initial_weights(INIT_FROM, network, settings) if INIT_FROM and not saved else ({}, None)
+    initial, begun = initial_weights(INIT_FROM, network, settings) if INIT_FROM and not saved else ({}, "")
 
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
@@ -394,9 +389,8 @@ def main():
         teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
         if FEATURE_WEIGHT:
             network["teacher_dim"] = teacher.dim
-    vae = None
-    if PREVIEW_EVERY and data.vae and rank == 0:
-        vae = load_vae(data.vae["name"], data.vae["scale"])[0].to(device)
+    with_vae = PREVIEW_EVERY and data.vae and rank == 0
+    vae = load_vae(data.vae["name"], data.vae["scale"])[0].to(device) if with_vae else None
 
     # model, optimiser, EMA
     torch.manual_seed(seed_from(SEED, 3))
@@ -428,8 +422,7 @@ def main():
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
     # the run's folder, and what the run will cost
-    logs = {"log.csv": COLUMNS, "loss_by_time.csv": TIME_COLUMNS}
-    checkpoint.open_run(run, settings, saved, step, logs, rank, __file__)
+    checkpoint.open_run(run, settings, saved, step, LOGS, rank, __file__)
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
@@ -443,12 +436,10 @@ def main():
     memory = costs.check_memory(model, teacher, captions, share, MICRO_BATCHES, shards, precision, device, noise)
     peak_rate = world * costs.matrix_rate(device, precision)
     flops = costs.flops_per_image(model, teacher, captions)
-    log(f"{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
+    log(f"{begun}{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
         f"{device.type}, {precision}, {costs.attention_kernel(model, precision, device)}, phase "
         f"{'I' if aligning else 'II'} from step {step:,}\n{costs.estimate(memory, flops, peak_rate, BATCH_SIZE)}")
 
-    if begun:
-        log(begun)
     if not progress["aligning"] and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS"):
         log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
     too_short = too_short_for_ema(STEPS, EMA_DECAY)
@@ -552,10 +543,10 @@ def main():
             row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
                    seconds * 1000, mfu, costs.peak_gib(device))
             if rank == 0:
-                checkpoint.append(run / "log.csv", ",".join("" if value is None else str(value) for value in row))
-                means = (str(total / count) if count else "" for total, count in zip(losses_by_time, counts))
-                checkpoint.append(run / "loss_by_time.csv", ",".join([str(step), *means]))
-                track(step, {key: value for key, value in zip(COLUMNS, row) if value is not None})
+                means = (total / count if count else None for total, count in zip(losses_by_time, counts))
+                checkpoint.append_row(run / "log.csv", row)
+                checkpoint.append_row(run / "loss_by_time.csv", (step, *means))
+                track(step, {key: value for key, value in zip(LOGS["log.csv"], row) if value is not None})
             bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} "
                                 f"norm {norm:.2f} {images_per_s:.0f} img/s, {mfu:.0%} MFU")
             if in_a_row >= MAX_SKIPPED:
@@ -570,8 +561,10 @@ def main():
             stopped_by = agreed.item()
         if PREVIEW_EVERY and (step % PREVIEW_EVERY == 0 or step == STEPS):
             if weights := checkpoint.whole_ema(ema):  # of all ranks, on rank 0
-                save_preview(run / f"previews/step_{step:07d}.png", weights, settings, vae, device, PREVIEW_GRID,
-                             PREVIEW_STEPS, SEED, null, context_of, data.captions if captions else None)
+                picture = run / f"previews/step_{step:07d}.png"
+                save_preview(picture, weights, settings, vae, device, PREVIEW_GRID, PREVIEW_STEPS, SEED, null,
+                             context_of, data.captions if captions else None)
+                track(step, dict(preview=picture))
         if (CHECKPOINT_EVERY and step % CHECKPOINT_EVERY == 0) or step == STEPS or stopped_by:
             progress = dict(step=step, aligning=aligning, cosine=cosine)
             state = checkpoint.run_state(model, optimizer, ema, meters)

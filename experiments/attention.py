@@ -94,7 +94,7 @@ def maps(runs):
 def write_losses():
     """LOSSES: a row per run and seed, the mean of each tenth of time over the last steps."""
     with open(LOSSES, "w", newline="") as file:
-        table = csv.DictWriter(file, ("run", "seed", *train.TIME_COLUMNS), lineterminator="\n")
+        table = csv.DictWriter(file, ("run", "seed", *train.LOGS["loss_by_time.csv"]), lineterminator="\n")
         table.writeheader()
         for run in (*compare.RUNS, *compare.stopped_runs()):
             for seed in compare.SEEDS:

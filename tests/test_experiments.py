@@ -169,7 +169,7 @@ def test_attention_in_short(restored, monkeypatch, tmp_path):
     attention.write_losses()
     losses, _ = draw.read(tmp_path / "loss_by_time.csv")
     row = losses["plain"][7][4]
-    assert all(0.1 < float(row[name]) < 3 for name in train.TIME_COLUMNS[1:]) and len(losses) == 4
+    assert all(0.1 < float(row[name]) < 3 for name in train.LOGS["loss_by_time.csv"][1:]) and len(losses) == 4
 
 
 def test_plateau_fires_where_the_reference_says():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint import initial_weights
+from init_from import initial_weights
 from model import MODELS, build, make_network
 from tests.conftest import ROOT
 from tests.test_train import assert_same_state, final_state

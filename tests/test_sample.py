@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -145,6 +147,28 @@ def test_classes_are_drawn_at_random_or_in_turn(monkeypatch):
     assert drawn[7] == sample.class_of(7, classes) and drawn[:30] != [classes[i % 3] for i in range(30)]
     monkeypatch.setattr(sample, "CLASS_SAMPLING", "balanced")
     assert [sample.class_of(i, classes) for i in range(5)] == [3, 5, 9, 3, 5]
+
+
+def test_classes_are_drawn_as_often_as_they_were_trained_on(draw, run_dir, tmp_path):
+    """By the counts in the checkpoint's header, of CLASSES alone; without counts it is refused."""
+    header = tmp_path / "counted.safetensors"
+    with safe_open(run_dir / "ema.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+    assert settings["data"]["class_counts"] == [20] * 10
+    for counts in ([5, 0, 15, 0, 30, 0, 0, 0, 0, 0], None):
+        settings["data"]["class_counts"] = counts
+        if counts is None:
+            del settings["data"]["class_counts"]
+        save_file(load_file(run_dir / "ema.safetensors"), header, metadata=dict(settings=json.dumps(settings)))
+        options = dict(CHECKPOINT=str(header), CLASS_SAMPLING="data", CLASSES=[0, 1, 2], NUM_SAMPLES=200, STEPS=1,
+                       CFG_SCALE=1.0, MODE="ode", BATCH_SIZE=100)
+        if counts:
+            draw("a", **options)
+            labels = np.load(tmp_path / "a/samples.npz")["arr_1"]
+            assert set(labels) == {0, 2} and (labels == 2).mean() == pytest.approx(0.75, abs=0.1)
+            options["CLASSES"] = [1, 3]
+        with pytest.raises(ValueError, match="CLASS_SAMPLING 'data': .*counted.safetensors does not say .*'uniform'"):
+            draw("b", **options)
 
 
 def test_guidance_calls_the_network_once_a_step_and_only_inside_the_interval():

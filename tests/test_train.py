@@ -1,6 +1,8 @@
 """train.py: the two-phase loop, bit-exact resume, what phase II must not do, bad input, several processes."""
 
+import csv
 import importlib
+import io
 import json
 import os
 import random
@@ -54,6 +56,25 @@ def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
     assert torch.equal(train.spread_times(many), many)
     monkeypatch.setattr(train, "TIMES", (0.0, 1.0))
     assert train.spread_times(torch.zeros(1)).item() == 0  # as rand() may draw it
+
+
+def read_losses(run):
+    with open(run / "loss_by_time.csv", newline="") as file:
+        return [[float(value) if value else None for value in row] for row in list(csv.reader(file))[1:]]
+
+
+def test_the_loss_is_logged_by_time(small_run):
+    """Each step's bins, weighted by how many of its times lie there, make its loss; a bin of no image is empty."""
+    run = small_run(LOG_EVERY=1, MICRO_BATCHES=2)
+    train.main()
+    for step, (row, (logged, *means)) in enumerate(zip(read_log(run), read_losses(run), strict=True)):
+        t = train.draw_noise(step, (1, 28, 28), 0, 1, torch.device("cpu"), of_pixels=True)[2]
+        counts = np.histogram(t, bins=10, range=(0, 1))[0]
+        assert logged == step + 1 and [mean is None for mean in means] == [count == 0 for count in counts]
+        total = sum(mean * count for mean, count in zip(means, counts) if count)
+        assert total / counts.sum() == pytest.approx(float(row["denoising_loss"]), rel=1e-5)
+    header = (run / "loss_by_time.csv").read_text().partition("\n")[0]
+    assert header.startswith("step,t 0.0 to 0.1,") and header.endswith(",t 0.9 to 1.0")
 
 
 def final_state(run, step=12):
@@ -299,6 +320,8 @@ def test_any_number_of_processes_trains_alike(run_process, tmp_path, alone, proc
     for x, y in zip(one, several):
         assert x["gradient_cosine"] == y["gradient_cosine"] == "" or \
             float(x["gradient_cosine"]) == pytest.approx(float(y["gradient_cosine"]), abs=1e-3)
+    for x, y in zip(read_losses(alone), read_losses(tmp_path / "run"), strict=True):
+        assert [value or 0 for value in x] == pytest.approx([value or 0 for value in y], rel=1e-3)
     for part in ("model", "ema"):
         assert_close_models(final_state(alone)[part], final_state(tmp_path / "run")[part])
 
@@ -485,6 +508,12 @@ def test_a_loss_that_is_not_finite_skips_its_step(small_run, latents_dir, tmp_pa
                            final_state(run, 4)["model"]["final_layer.linear.weight"])
     (row,) = read_log(run)
     assert row["skipped"] == "1" and np.isfinite(float(row["denoising_loss"]))
+    (_, *by_time), = read_losses(run)
+    assert all(loss is None or np.isfinite(loss) for loss in by_time)
+    shutil.rmtree(run / "checkpoints/step_0000004")
+    train.main()  # resumed, it has the losses since then
+    (_, *of_one_step), = read_losses(run)
+    assert sum(loss is None for loss in of_one_step) > sum(loss is None for loss in by_time)
 
 
 @pytest.mark.slow
@@ -775,7 +804,10 @@ def init(**settings):
         raise KeyError("No API key configured")
     return type("Run", (), dict(step=int(os.environ.get("STEP", 0))))
 def log(values, step):
-    print("LOGGED", step)
+    print("LOGGED", step, *("PICTURE" for value in values.values() if isinstance(value, Image)))
+class Image:
+    def __init__(self, path):
+        assert open(path, "rb").read(4) == b"\\x89PNG"
 """
 
 
@@ -795,9 +827,9 @@ def test_wandb(small_run, monkeypatch, tmp_path, capsys):
     said = re.findall("WANDB (.*)", capsys.readouterr().out)
     assert len(set(said)) == 2 and all(line.endswith("True") for line in said)
     monkeypatch.setenv("STEP", "9")
-    small_run(TRACKER="wandb", STEPS=12)
+    small_run(TRACKER="wandb", STEPS=12, PREVIEW_EVERY=6, PREVIEW_GRID=(2, 2), PREVIEW_STEPS=1)
     train.main()
-    assert re.findall("LOGGED (.*)", capsys.readouterr().out) == ["9", "12"]
+    assert re.findall("LOGGED (.*)", capsys.readouterr().out) == ["9", "12", "12 PICTURE"]
     monkeypatch.setenv("NO_KEY", "1")
     small_run(TRACKER="wandb", RUN_DIR=str(tmp_path / "c"))
     with pytest.raises(ValueError, match="TRACKER 'wandb': .*No API key configured.*set it to None"):
@@ -864,12 +896,16 @@ def test_other_settings_or_data_are_refused_on_resume(small_run, data_dir, tmp_p
 def test_tensorboard_gets_the_log(small_run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run = small_run(TRACKER="tensorboard", STEPS=6)
+    run = small_run(TRACKER="tensorboard", STEPS=6, PREVIEW_EVERY=6, PREVIEW_GRID=(2, 2), PREVIEW_STEPS=1)
     train.main()
     shutil.rmtree(run / "checkpoints/step_0000006")  # as if killed before it: steps 5 and 6 are made again
     train.main()
-    events = EventAccumulator(str(run)).Reload()
-    events = events.Scalars("denoising_loss")
+    loaded = EventAccumulator(str(run)).Reload()
+    (picture,) = loaded.Images("preview")
+    assert picture.step == 6
+    assert np.array_equal(Image.open(io.BytesIO(picture.encoded_image_string)),
+                          Image.open(run / "previews/step_0000006.png").convert("RGB"))
+    events = loaded.Scalars("denoising_loss")
     assert [event.step for event in events] == [3, 6]
     logged = {event.step: event.value for event in events}
     assert logged == {int(row["step"]): pytest.approx(float(row["denoising_loss"])) for row in read_log(run)}
