@@ -159,10 +159,10 @@ def cross_entropy(runs, file):
             band(axes, steps, np.stack([values(runs, run, step, column) for step in steps]), *style)
         axes.axhline(entropy, color="C2", linewidth=1)
         axes.axvline(stop, color="black", linewidth=0.6)
-        axes.set(title=column.replace("_", " = "), xlabel="training steps")
+        axes.set(title=column.replace("_", " = "), xlabel="training steps", ylim=(1.5, None))
         axes.set_xticks([0, stop, steps[-1]], ["0", f"{stop:,}", f"{steps[-1]:,}"])
     row[0].set_ylabel("cross-entropy to the teacher's")
-    row[-1].text(steps[-1], entropy, "the teacher's own entropy", ha="right", va="top", fontsize=8, color="C2")
+    row[0].text(0, entropy - 0.1, "the teacher's own entropy", va="top", fontsize=8, color="C2")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     figure.savefig(file, dpi=150)
 

@@ -23,7 +23,7 @@ SET = "data/emoji_symbols"  # the pictures to learn
 OUT = "out/fine_tune"
 RESULTS = compare.HERE / "fine_tune.csv"
 SEEDS = (0, 1, 2)
-STEPS = (250, 500, 1000)  # at which samples are judged; the last ends the runs
+STEPS = (250, 500)  # at which samples are judged; the last ends the runs
 RUNS = {
     "scratch": dict(ALIGN_STEPS=0),
     "weights": dict(ALIGN_STEPS=0, INIT_FROM=SOURCE),
