@@ -37,7 +37,6 @@ TIMES = (0.1, 0.5, 0.9)  # at which it is measured
 SHOWN = 0.5  # the time at which it is shown
 IMAGES = 250  # test images, evenly spaced
 SHOWN_IMAGES = 4  # of each data set, evenly spaced
-TEST_DIR = f"{OUT}/test"
 
 
 def evenly_spaced(data, count):
@@ -64,7 +63,7 @@ def logits_of(weights, x, labels, images, times):
 def measure(folder, step):
     """The cross-entropy of a run's attention to the teacher's at each time, and the least that it could be."""
     weights = folder / f"checkpoints/step_{step:07d}/ema.safetensors"
-    targets, looks = logits_of(weights, *evenly_spaced(PreparedDataset(TEST_DIR), IMAGES), TIMES)
+    targets, looks = logits_of(weights, *evenly_spaced(PreparedDataset(f"{compare.OUT}/test"), IMAGES), TIMES)
     found = {f"t_{time}": attention_loss(logits, targets).item() for time, logits in zip(TIMES, looks)}
     return dict(found, teacher=attention_loss(targets, targets).item())
 
@@ -74,7 +73,7 @@ def maps(runs):
     last aligned layer (mean over paired heads), and the cross-entropy of that to the teacher's. runs: files of weights.
 
     images uint8 [B, H, W, 3], patches [B], attention [B, 1 + runs, N], cross_entropy [B, 1 + runs]."""
-    x, labels, images = evenly_spaced(PreparedDataset(TEST_DIR), SHOWN_IMAGES)
+    x, labels, images = evenly_spaced(PreparedDataset(f"{compare.OUT}/test"), SHOWN_IMAGES)
     rows = []
     for weights in runs:
         targets, [looks] = logits_of(weights, x, labels, images, [SHOWN])
@@ -105,10 +104,8 @@ def write_losses():
                 table.writerow(dict(zip(table.fieldnames, (run, seed, STEPS[-1], *means))))
 
 
-def train_runs(out, stop, steps, seeds, settings, results, test_dir):
-    """Makes all runs of a data set, and the maps of its first seed."""
-    global TEST_DIR
-    TEST_DIR = test_dir
+def train_runs(out, stop, steps, seeds, settings, results):
+    """Makes all runs of a data set, and the maps of its first seed; its test images are in `out`, prepared."""
     compare.OUT, compare.RESULTS, compare.SEEDS = out, results, seeds
     compare.STEPS, compare.STOPS = steps, (stop,)
     compare.RUNS = {name: dict(changes, CONFLICT_EVERY=0, KEEP_EVERY=stop) for name, changes in RUNS.items()}
@@ -125,12 +122,11 @@ def train_runs(out, stop, steps, seeds, settings, results, test_dir):
 def main():
     compare.OUT = OUT
     compare.prepare()
-    clothes = train_runs(OUT, STOP, STEPS, (0, 1, 2), compare.settings, RESULTS, f"{OUT}/test")
+    clothes = train_runs(OUT, STOP, STEPS, (0, 1, 2), compare.settings, RESULTS)
     write_losses()
     pixels.OUT = f"{OUT}_emoji"
     pixels.prepare_pictures(teacher="data", held_out="test")
-    emoji = train_runs(pixels.OUT, PIXELS_STOP, PIXELS_STEPS, (0,), pixels.settings, f"{pixels.OUT}/results.csv",
-                       f"{pixels.OUT}/test")
+    emoji = train_runs(pixels.OUT, PIXELS_STOP, PIXELS_STEPS, (0,), pixels.settings, f"{pixels.OUT}/results.csv")
     np.savez(MAPS, **{f"clothes_{key}": value for key, value in clothes.items()},
              **{f"emoji_{key}": value for key, value in emoji.items()})
     draw.main()

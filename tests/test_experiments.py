@@ -149,10 +149,9 @@ def test_attention_in_short(restored, monkeypatch, tmp_path):
     monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
     set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), OUT=str(tmp_path / "out"),
                   PROCESSES=1, STUDENT=dict(depth=4), MEASURE=None, SETTINGS=None, COLUMNS=None, FILES=(), RESULTS=None)
-    set_constants(monkeypatch, attention, LOSSES=tmp_path / "loss_by_time.csv", STEPS=(4,), IMAGES=20, TEST_DIR=None)
+    set_constants(monkeypatch, attention, LOSSES=tmp_path / "loss_by_time.csv", STEPS=(4,), IMAGES=20)
     compare.prepare()
-    shown = attention.train_runs(compare.OUT, 2, (2, 4), (7,), compare.settings, tmp_path / "attention.csv",
-                                 f"{compare.OUT}/test")
+    shown = attention.train_runs(compare.OUT, 2, (2, 4), (7,), compare.settings, tmp_path / "attention.csv")
     runs, _ = draw.read(tmp_path / "attention.csv")
     assert list(runs) == ["plain", "features", "aligned", "stopped at 2"]
     found = {run: [rows[7][step] for step in (2, 4)] for run, rows in runs.items()}
