@@ -157,6 +157,8 @@ def find(run, settings, frozen):
     if differing:
         told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)
         raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")
+    for name, checksum in saved.get("checksums", {}).items():  # of what is gone now its name alone says less
+        settings["checksums"][name] = settings["checksums"].get(name) or checksum
     return newest, dict(progress, settings=saved)
 
 
