@@ -671,7 +671,7 @@ def test_jit_is_not_trained_on_latents(small_run, data_dir, tmp_path):
 
 @pytest.mark.parametrize("constant, first, second", [
     ("PROJECTOR", "mlp", "conv"), ("SPATIAL_NORM", 0.0, 0.6), ("TIMES", "uniform", (0.0, 1.0)),
-    ("TIME_SHIFT", 1.0, 2.0), ("NOISE_SCALE", 1.0, 2.0)])
+    ("TIME_SHIFT", 1.0, 2.0), ("NOISE_SCALE", 1.0, 2.0), ("CLASS_WEIGHT", 0.0, 0.03)])
 def test_a_run_keeps_what_shapes_it(small_run, constant, first, second):
     """A run of an earlier version, which had none of these settings, is as one with the first value."""
     run = small_run(STEPS=2, **{constant: first})
