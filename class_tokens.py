@@ -26,7 +26,7 @@ CHUNK = 64  # images that the teacher sees at once, whoever computes them: so th
 
 
 def clean_state(data, moments, posterior_noise, cls=None):
-    """What a SiT learns to make of noise: latents [B, C, h, w], or of REG these packed with class tokens cls [B, E].
+    """What the student learns to make of noise: latents [B, C, h, w], of REG packed with their class tokens cls [B, E].
     posterior_noise: in the state's shape, as all that is drawn, or None where pixels need none."""
     if cls is None:
         return sample_latents(moments, posterior_noise, data.vae)
@@ -144,7 +144,7 @@ def begin(unfinished, tokens_file, done_file, shape):
     try:
         unfinished.mkdir(exist_ok=True)
         lock_folder(unfinished, "DATA_DIR")
-        if not done_file.exists():
+        if not (tokens_file.exists() and done_file.exists()):
             reserve(tokens_file, shape)
             write_atomically(done_file, lambda path: reserve(path, (-(-shape[0] // CHUNK),), bool))
     except OSError as error:

@@ -369,11 +369,11 @@ def main():
     settings = checkpoint.describe(globals(), data, network)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
-    if CLASS_WEIGHT:
+    if CLASS_WEIGHT:  # REG: the state is wider by the teacher's class token
         tokens = ClassTokens(data, settings, data.shape[1] // network["patch_size"], world)
         network["cls_dim"] = settings["sit"]["cls_dim"] = tokens.dim
     initial, begun = initial_weights(INIT_FROM, network, settings) if INIT_FROM and not saved else ({}, "")
-    if CLASS_WEIGHT:  # once for all runs, so that phase II needs neither teacher nor images
+    if CLASS_WEIGHT:  # those of all images, once for all runs, so that phase II needs neither teacher nor images
         begun += tokens.compute(WORKERS, rank, device)
         open_data, data = tokens.open, tokens.open(with_images=False)
 

@@ -189,9 +189,18 @@ def test_the_class_tokens_of_all_images_are_stored_once(small_run, folder, teach
     small_run(CLASS_WEIGHT=0.03, DATA_DIR=str(folder), RUN_DIR=f"{run}2", STEPS=1, ALIGN_STEPS=0)
     train.main()
     paths[0].write_bytes(paths[0].read_bytes()[:1000])
-    small_run(CLASS_WEIGHT=0.03, DATA_DIR=str(folder), RUN_DIR=f"{run}3")
+    small_run(CLASS_WEIGHT=0.03, DATA_DIR=str(folder), RUN_DIR=f"{run}3", STEPS=1)
     with pytest.raises(ValueError, match="_7x7.npy: damaged, or not the class tokens of 200 images .* delete it"):
         train.main()
+
+    monkeypatch.undo()
+    paths[0].unlink()
+    leftover = paths[0].with_suffix(".unfinished")  # as of a kill when all was done
+    leftover.mkdir()
+    np.save(leftover / "done.npy", np.ones(4, dtype=bool))
+    small_run(CLASS_WEIGHT=0.03, DATA_DIR=str(folder), RUN_DIR=f"{run}3", STEPS=1)
+    train.main()
+    assert np.array_equal(stored(folder)["class_tokens_7x7"], files["class_tokens_7x7"]) and not leftover.exists()
 
 
 def test_a_teacher_without_a_class_token_gives_the_mean_of_its_patches(small_run, folder, tmp_path):
@@ -273,8 +282,10 @@ def test_kills_in_the_token_pass_and_at_the_switch_change_nothing(run_process, d
         ended = run_process(tmp_path / name, **constants)
         assert ended.returncode == 0, ended.stderr
         assert not list(data.glob("*.unfinished"))
-        results[name] = stored(data), final_state(tmp_path / name, 8)
-    (whole_tokens, whole), (tokens, killed) = results.values()
+        class_losses = [row["class_loss"] for row in read_log(tmp_path / name)]
+        results[name] = stored(data), final_state(tmp_path / name, 8), class_losses
+    (whole_tokens, whole, losses), (tokens, killed, losses_again) = results.values()
+    assert losses == losses_again and len(losses) == 4 and all(losses)  # at 3, at the switch, at 6 and 8
     assert sorted(tokens) == ["class_tokens_7x7", "class_tokens_7x7_mirrored"]
     assert all(np.array_equal(whole_tokens[kind], tokens[kind]) for kind in tokens)
     assert_same_state(whole, killed)
