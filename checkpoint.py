@@ -36,7 +36,7 @@ from runtime import lock_folder, opened, remove_folder, write_atomically
 warnings.filterwarnings("ignore", "torch.distributed is")  # said of each checkpoint that one process writes: meant so
 
 # what runs were made with before there were these settings
-EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0)
+EARLIER = dict(TIMES="uniform", TIME_SHIFT=1.0, NOISE_SCALE=1.0, PROJECTOR="mlp", SPATIAL_NORM=0.0, CLASS_WEIGHT=0.0)
 
 
 # ----- a run's checkpoints -------------------------------------------------------------------------
@@ -157,6 +157,8 @@ def find(run, settings, frozen):
     if differing:
         told = "; ".join(f"{key} {told_apart(before, now)}" for key, before, now in differing)
         raise ValueError(f"{newest} was made with other settings ({told}); set them back, or choose another RUN_DIR")
+    for name, checksum in saved.get("checksums", {}).items():  # of what is gone now its name alone says less
+        settings["checksums"][name] = settings["checksums"].get(name) or checksum
     return newest, dict(progress, settings=saved)
 
 
@@ -272,7 +274,7 @@ def with_places(settings, folder):
 def load_model(path, average=None, constant="CHECKPOINT"):
     """(network in eval mode with EMA weights and no projector, its run's settings), ours or of a published checkpoint.
 
-    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, JiT)
+    Ours is a safetensors file with settings in its header. Published ones (SiT, REPA, HASTE, REG, JiT)
     are a state dict, bare, under "ema" or under `average` (None: JiT's "model_ema1"); of what else
     pickles may hold, only an argparse.Namespace is let in. A folder's is its ema.safetensors. `constant` says the path.
     Raises ValueError where the file is missing, damaged or of another kind.
@@ -295,7 +297,7 @@ def load_model(path, average=None, constant="CHECKPOINT"):
             AttributeError) as error:
         if unexpected:
             raise ValueError(f"{path}: not a SiT checkpoint (unexpected keys {', '.join(map(str, unexpected[:3]))}); "
-                             f"set {constant} to one of SiT, REPA, HASTE, JiT or of a run") from error
+                             f"set {constant} to one of SiT, REPA, HASTE, REG, JiT or of a run") from error
         raise ValueError(f"{path}: not a SiT checkpoint, or damaged ({str(error).splitlines()[0]}); copy it again, or "
                          f"set {constant} to another") from error
     return model.eval().requires_grad_(False), settings

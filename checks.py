@@ -142,6 +142,23 @@ def are_pairs(values):
         isinstance(each, (list, tuple)) and len(each) == 2 for each in values)
 
 
+def check_times(times):
+    """Raises ValueError for a distribution of times that is neither uniform nor a logit-normal."""
+    fit = are_pairs([times]) and all(isinstance(each, (int, float)) for each in times) and times[1] > 0
+    if times != "uniform" and not fit:
+        raise ValueError(f"TIMES {times!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0")
+
+
+def check_layers(model, depth, align_depth, pairs):
+    """Raises ValueError for layers to align that a model of so many blocks has not; pairs: None if there are none."""
+    if align_depth > depth:
+        raise ValueError(f"ALIGN_DEPTH {align_depth} is not one of {model}'s blocks 1..{depth}; choose one of these")
+    fit = pairs is None or (pairs and are_pairs(pairs) and all(student in range(depth) for student, _ in pairs))
+    if not fit:
+        raise ValueError(f"LAYER_PAIRS {pairs}: a list of (student, teacher) layers, the "
+                         f"student's in 0..{depth - 1}; set ATTENTION_WEIGHT to 0 for none")
+
+
 def check_webp():
     """Raises ValueError where Pillow cannot write and read WebP, in which images are packed."""
     Image.init()

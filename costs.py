@@ -9,7 +9,7 @@ from model import JiT
 
 
 def tokens_per_block(model, captions):
-    """How many tokens pass through each block: the image's, a caption's, JiT's of the class."""
+    """How many tokens pass through each block: the image's, REG's class token, a caption's, JiT's of the class."""
     always = model.pos_embed.shape[1] + (captions.ids.shape[1] if captions else 0)
     return [always + model.in_context_len * (i >= model.in_context_start) for i in range(len(model.blocks))]
 
@@ -23,7 +23,7 @@ def flops_per_image(model, teacher, captions=None):
     D = model.pos_embed.shape[2]
     blocks = [(3, N, D) for N in tokens_per_block(model, captions)]
     if teacher is not None:
-        tokens = model.pos_embed.shape[1] + teacher.network.num_prefix_tokens
+        tokens = model.grid**2 + teacher.network.num_prefix_tokens
         blocks.append((len(teacher.network.blocks), tokens, teacher.dim))
     encoding = captions.cost()[1] if captions else 0
     return encoding + sum(L * (24 * N * D**2 + 4 * N**2 * D) for L, N, D in blocks)
@@ -61,7 +61,7 @@ def check_memory(model, teacher, captions, share, parts, shards, precision, devi
 
 def bytes_of_an_image(model, teacher, captions, precision):
     """What the backward pass keeps of an image."""
-    _, N, D = model.pos_embed.shape
+    N, D = model.grid**2, model.pos_embed.shape[2]
     if model.activation_checkpointing:
         of_a_value = 5.5
     elif precision == torch.bfloat16:

@@ -9,6 +9,14 @@ from checks import told_apart
 from model import make_network
 from published import with_time_from_data
 
+# what depends on the latents' channels, on the text encoder, and on REG's class token
+PARTS = ("x_embedder", "final_layer.linear", "context_embedder", "cls_projectors2", "wg_norm", "final_layer.linear_cls")
+
+
+def is_in(name, parts):
+    """Whether a weight is of one of these parts of the network."""
+    return name.startswith(tuple(f"{part}." for part in parts))
+
 
 def kind_of(network):
     """In words, what weights of other networks must agree in."""
@@ -38,27 +46,29 @@ def initial_weights(path, network, settings):
         weights = with_time_from_data(weights, source.in_channels)
     like = lambda name: name in weights and name in wanted and weights[name].shape == wanted[name].shape
 
-    # what depends on the latents' channels, or on the text encoder
-    fresh = [part for part in ("x_embedder", "final_layer.linear", "context_embedder")
-             if not all(like(name) for name in wanted if name.startswith(part))]
-    weights = {name: weight for name, weight in weights.items() if not name.startswith(tuple(fresh))}
+    unlike = [part for part in PARTS if not all(like(name) for name in {**wanted, **weights} if is_in(name, [part]))]
+    fresh = [part for part in unlike if any(is_in(name, [part]) for name in wanted)]
+    weights = {name: weight for name, weight in weights.items() if not is_in(name, unlike)}
     adapted, classes = [], "y_embedder.embedding_table.weight"
     if classes in weights and not like(classes):
         rows = len(wanted[classes])
         weights[classes] = adapted_classes(weights[classes], source.num_classes, model.num_classes, rows)
         adapted.append(f"{source.num_classes:,} classes to {model.num_classes:,}")
-    if not like("pos_embed"):
-        square = weights["pos_embed"].unflatten(1, (source.grid, source.grid)).permute(0, 3, 1, 2)
+    positions = weights["pos_embed"][:, -(source.grid**2) :]  # [1, N, D]
+    if source.grid != model.grid:
+        square = positions.unflatten(1, (source.grid, source.grid)).permute(0, 3, 1, 2)
         square = F.interpolate(square, (model.grid, model.grid), mode="bicubic")  # beyond a table nothing was learned
-        weights["pos_embed"] = square.flatten(2).transpose(1, 2)
+        positions = square.flatten(2).transpose(1, 2)
         adapted.append(f"{source.grid} x {source.grid} positions to {model.grid} x {model.grid}")
+    weights["pos_embed"] = F.pad(positions, (0, 0, int(model.cls_dim is not None), 0))  # a class token's is zero
 
-    unlike = [name for name in {**wanted, **weights} if not like(name) and not name.startswith(tuple(fresh))]
-    if unlike:
-        raise ValueError(f"INIT_FROM {path}: differs from this run's network in {unlike[0]}; {remedy}")
+    differing = [name for name in {**wanted, **weights} if not like(name) and not is_in(name, unlike)]
+    if differing:
+        raise ValueError(f"INIT_FROM {path}: differs from this run's network in {differing[0]}; {remedy}")
     before, now = (dict(each, VAE=each["data"]["vae"]) for each in (theirs, settings))
     asked = ["VAE", "NOISE_SCALE", "TEXT_ENCODER"][: 3 if "context_dim" in network else 2]
     differing = [f"{key} {told_apart(before[key], now[key])}" for key in asked if before.get(key, now[key]) != now[key]]
-    parts = dict(adapted=adapted, fresh=[*fresh, "projector"], differs=differing)
+    parts = {"adapted": adapted, "fresh": [*fresh, "projector"], "differs": differing,
+             "left out": [part for part in unlike if part not in fresh]}
     told = [f"{what}: {', '.join(which)}" for what, which in parts.items() if which]
     return weights, f"{path}: {len(weights)} tensors to start from; {'; '.join(told)}\n"

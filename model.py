@@ -242,17 +242,20 @@ class JiTBlock(Block):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, N, D] to patches [B, N, patch * patch * channels]."""
+    """Tokens [B, N, D] to patches [B, N, patch * patch * channels], and a class token before them to [B, cls_dim]."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size, patch_size, out_channels, cls_dim):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear_cls = None if cls_dim is None else nn.Linear(hidden_size, cls_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, condition):
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        x = modulate(self.norm_final(x), shift, scale)
+        cls = None if self.linear_cls is None else self.linear_cls(x[:, 0])
+        return self.linear(x if cls is None else x[:, 1:]), cls
 
 
 def sincos_pos_embed(hidden_size, grid):
@@ -279,7 +282,8 @@ class ConvProjector(nn.Module):
 
     def forward(self, x):
         grid = math.isqrt(x.shape[1])
-        return self.projection_layer(x.transpose(1, 2).unflatten(2, (grid, grid))).flatten(2).transpose(1, 2)
+        square = x[:, -grid * grid :].transpose(1, 2).unflatten(2, (grid, grid))  # without REG's class token
+        return self.projection_layer(square).flatten(2).transpose(1, 2)
 
 
 class DiffusionTransformer(nn.Module):
@@ -301,7 +305,8 @@ class DiffusionTransformer(nn.Module):
         self.input_size, self.patch_size, self.grid = input_size, patch_size, input_size // patch_size
         self.in_channels, self.num_heads = in_channels, num_heads
         self.align_depth, self.teacher_dim = align_depth, teacher_dim
-        self.in_context_len = self.in_context_start = 0  # JiT's own
+        self.shape = self.state_shape = (in_channels, input_size, input_size)  # of latents; of x_t and velocity
+        self.cls_dim, self.in_context_len, self.in_context_start = None, 0, 0  # SiT's own; JiT's own
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
         self.bf16_tokens = False  # True, under autocast: blocks add to tokens in bf16, which halves what they move
 
@@ -312,7 +317,7 @@ class DiffusionTransformer(nn.Module):
     def finish(self, out_channels, projector_dim, projector):
         """What follows the blocks, and the first weights."""
         hidden_size = self.pos_embed.shape[-1]
-        self.final_layer = FinalLayer(hidden_size, self.patch_size, out_channels)
+        self.final_layer = FinalLayer(hidden_size, self.patch_size, out_channels, self.cls_dim)
         self.initialize_weights()
         self.projectors = None
         if self.teacher_dim is not None:  # last, so that a seed makes the same student with and without it
@@ -332,11 +337,12 @@ class DiffusionTransformer(nn.Module):
         for layer in (*tables, *self.t_embedder.mlp[::2]):
             nn.init.normal_(layer.weight, std=0.02)
         modulated = [module for module in self.modules() if isinstance(module, (Block, FinalLayer))]
-        for layer in (*(module.adaLN_modulation[1] for module in modulated), self.final_layer.linear):
+        outputs = [layer for name, layer in self.final_layer.named_children() if name.startswith("linear")]
+        for layer in (*(module.adaLN_modulation[1] for module in modulated), *outputs):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
+        with torch.no_grad():  # a class token's place, the first, stays zero
+            self.pos_embed[:, -self.grid**2 :] = sincos_pos_embed(self.pos_embed.shape[-1], self.grid)
 
     def unpatchify(self, x):
         """[B, N, patch * patch * C] to [B, C, H, W]."""
@@ -345,20 +351,23 @@ class DiffusionTransformer(nn.Module):
         return x.reshape(-1, x.shape[1], g * p, g * p)
 
     def run(self, x, condition, text, attn_layers, return_features, return_qk, in_context=None):
-        """From x_t to the final layer's output [B, C, H, W]: see SiT.forward. condition [B, D]; text: a list, of text
-        tokens [B, L, D] or of nothing; in_context: tokens [B, L, D] to stand in front, from in_context_start on."""
-        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            raise ValueError(f"x is {list(x.shape)}; this model takes "
-                             f"[B, {self.in_channels}, {self.input_size}, {self.input_size}]")
+        """From x_t to the final layer's output, of the same shape: see SiT.forward. condition [B, D]; text: a list, of
+        text tokens [B, L, D] or of nothing; in_context: tokens [B, L, D] to put in front, from in_context_start on."""
+        if x.shape[1:] != self.state_shape:
+            raise ValueError(f"x is {list(x.shape)}; this model takes [B, {', '.join(map(str, self.state_shape))}]")
         if any(not 0 <= layer < len(self.blocks) for layer in attn_layers):
             raise ValueError(f"attn_layers {list(attn_layers)} must lie in 0..{len(self.blocks) - 1}")
         if return_features and self.projectors is None:
             raise ValueError("return_features needs a projector; build the model with teacher_dim set")
 
+        N, places = self.grid**2, self.pos_embed.shape[1]  # places: of tokens, with a class token 1 + N
+        if self.cls_dim is not None:
+            x, cls = unpack(x, self.shape)
+            in_context = self.wg_norm(self.cls_projectors2(cls))[:, None] + self.pos_embed[:, :1]
         # [B, N, D]; stored that way too: the convolution leaves channels first, and every sum to the end would keep it
-        x = (self.x_embedder(x) + self.pos_embed).contiguous()
+        x = (self.x_embedder(x) + self.pos_embed[:, -N:]).contiguous()
         x, *text = (tokens.to(torch.bfloat16 if self.bf16_tokens else self.pos_embed.dtype) for tokens in (x, *text))
-        qk, features, N = {}, None, x.shape[1]
+        qk, features = {}, None
         for i, block in enumerate(self.blocks):
             if in_context is not None and i == self.in_context_start:
                 x = torch.cat([in_context.to(x.dtype), x], dim=1)
@@ -367,22 +376,29 @@ class DiffusionTransformer(nn.Module):
             else:
                 x, *text, qk[i] = block(x, *text, condition, i in attn_layers)
             if return_features and i + 1 == self.align_depth:
-                features = self.projectors[0](x[:, -N:])
-        output = self.unpatchify(self.final_layer(x[:, -N:], condition))[:, : self.in_channels]  # of learn_sigma's 2C
+                features = self.projectors[0](x[:, -places:])
+        patches, cls = self.final_layer(x[:, -places:], condition)
+        output = self.unpatchify(patches)[:, : self.in_channels]  # of learn_sigma's 2C
+        output = output if cls is None else pack(output, cls)
         qk = [[each[:, :, -N:] for each in qk[i]] for i in attn_layers]
         return output, [pair if return_qk else attention_logits(*pair) for pair in qk], features
 
 
 class SiT(DiffusionTransformer):
-    """The class-conditional network. class_dropout_prob: above 0, there is a "no label" to drop labels to,
-    which is the caller's task. learn_sigma: the original SiT checkpoints' shapes, 2C output channels of
-    which the first C are the velocity."""
+    """The class-conditional network. class_dropout_prob: above 0, there is a "no label" to drop labels to, which is the
+    caller's task. learn_sigma: the original SiT checkpoints' shapes, 2C output channels of which the first C are the
+    velocity. cls_dim: width of the class token that REG (arXiv 2507.01467) denoises beside latents; None: none.
+    """
 
     def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False, learn_sigma=False,
-                 align_depth=8, teacher_dim=768, projector_dim=2048, projector="mlp"):
+                 align_depth=8, teacher_dim=768, projector_dim=2048, projector="mlp", cls_dim=None):
         super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads, align_depth, teacher_dim)
-        self.num_classes = num_classes
+        self.num_classes, self.cls_dim = num_classes, cls_dim
+        if cls_dim is not None:
+            self.state_shape = (1, 1, math.prod(self.shape) + cls_dim)  # of `pack`
+            self.cls_projectors2, self.wg_norm = nn.Linear(cls_dim, hidden_size), nn.LayerNorm(hidden_size, eps=1e-6)
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, hidden_size), requires_grad=False)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.finish(in_channels * (2 if learn_sigma else 1), projector_dim, projector)
@@ -394,6 +410,7 @@ class SiT(DiffusionTransformer):
         Returns velocity [B, C, H, W]; attn_logits, a list of [B, heads, N, N] scaled and pre-softmax, one for each
         0-based block in attn_layers; features [B, N, teacher_dim], or None unless return_features. With return_qk
         each block's (queries, keys), [B, heads, N, head dim], stand in place of the logits that a loss makes of them.
+        With cls_dim x and velocity are as of `pack`, and features, but for a convolution's, [B, 1 + N, teacher_dim].
         """
         return self.run(x, self.t_embedder(t) + self.y_embedder(y), [], attn_layers, return_features, return_qk)
 
@@ -480,3 +497,14 @@ def interpolate(x, noise, t, path="linear"):
     """x_t = alpha(t) x + sigma(t) noise and its velocity d x_t / dt. x and noise [B, C, H, W], t [B] in 0..1."""
     alpha, sigma, d_alpha, d_sigma = path_coefficients(t.view(-1, 1, 1, 1), path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def pack(latents, cls):
+    """Latents [B, C, h, w] and class tokens [B, E] as a state [B, 1, 1, C h w + E], noised and sampled like latents."""
+    return torch.cat([latents.flatten(1), cls], dim=1)[:, None, None]
+
+
+def unpack(packed, shape):
+    """(latents [B, C, h, w], class tokens [B, E]) of a packed state, by shape (C, h, w); of mere latents E is 0."""
+    latents, cls = packed.flatten(1).tensor_split([math.prod(shape)], dim=1)
+    return latents.unflatten(1, shape), cls

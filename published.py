@@ -1,4 +1,4 @@
-"""What others published, networks (SiT, REPA, HASTE, REPA-E, JiT, MMDiT) and autoencoders: read without
+"""What others published, networks (SiT, REPA, HASTE, REG, REPA-E, JiT, MMDiT) and autoencoders: read without
 running code in it, its settings read off the names and shapes of its weights."""
 
 import json
@@ -70,7 +70,7 @@ def published_settings(state):
     REPA-E's `bn` is taken out. Raises KeyError for others."""
     of_pixels = "x_embedder.proj1.weight" in state  # a JiT
     width, channels, patch, _ = state["x_embedder.proj1.weight" if of_pixels else "x_embedder.proj.weight"].shape
-    _, N, hidden = state["pos_embed"].shape
+    _, N, hidden = state["pos_embed"].shape  # REG's has one more place, which rounding leaves out
     depth = len({key.split(".")[1] for key in state if key.startswith(("blocks.", "joint_blocks."))})
     known = {(m["hidden_size"], m["depth"]): m for m in MODELS.values() if ("bottleneck_dim" in m) == of_pixels}
     sit = dict(input_size=round(N**0.5) * patch, patch_size=patch, in_channels=channels, hidden_size=hidden,
@@ -85,6 +85,8 @@ def published_settings(state):
                        in_context_start=known[hidden, depth].get("in_context_start", 4))
         else:
             sit.update(qk_norm="blocks.0.attn.q_norm.weight" in state, learn_sigma=learn_sigma)
+            if "cls_projectors2.weight" in state:
+                sit["cls_dim"] = state["cls_projectors2.weight"].shape[1]
     vae = dict(name="stabilityai/sd-vae-ft-ema", scale=SCALE)
     if "bn.running_mean" in state:  # REPA-E's normalises its latents itself; its VAE has no name
         state.pop("bn.num_batches_tracked", None)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from checks import check_constants, refuse_other, weights_checksum
 from dataset import PreparedDataset
-from model import make_network, path_coefficients
+from model import make_network, path_coefficients, unpack
 from runtime import (
     ends_in_one_line,
     has_bf16,
@@ -45,7 +45,7 @@ from vae import load_decoder, normalisation
 
 # what to draw from
 RUN_DIR = "runs/haste-xl"
-CHECKPOINT = None  # None: the run's EMA; or another's, or the file of a published SiT, REPA, HASTE or JiT
+CHECKPOINT = None  # None: the run's EMA; or another's, or the file of a published SiT, REPA, HASTE, REG or JiT
 VAE = None  # decoder: None is the VAE that the data were prepared with; or a name that load_vae takes
 TEXT_ENCODER = None  # None: the model's own, by its name; or where that lies now
 EMA = None  # of a published JiT: None is its "model_ema1", of decay 0.9999; or "model_ema2", of 0.9996
@@ -243,17 +243,17 @@ def save_preview(path, ema, settings, vae, device, grid, steps, seed, null, cont
     model = make_network(settings["sit"]).to(device).eval()
     model.load_state_dict(ema)
     rows, columns = min(grid[0], null), grid[1]
-    vae_meta, shape = settings["data"]["vae"], (model.in_channels, model.input_size, model.input_size)
-    noise = settings["NOISE_SCALE"] * IndexedNoise(seed, range(rows * columns)).draw(shape)
+    noise = settings["NOISE_SCALE"] * IndexedNoise(seed, range(rows * columns)).draw(model.state_shape)
     y = torch.linspace(0, null - 1, rows, dtype=torch.float64).round().long()
     if captions:
         save_lines(path.parent / "captions.txt", [captions[number] for number in y])
     of_context, images = velocity_of(model, settings, device), []
     velocity = lambda x, t, y: of_context(x, t, context_of(y))
     for row_noise, row_y in zip(noise.split(columns), y.repeat_interleave(columns).split(columns)):
-        latents = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=null,
-                             path=settings["PATH"])
-        images.append(to_bytes(latents, vae, *normalisation(vae_meta, device)))
+        x = sample_ode(velocity, row_noise.to(device), row_y.to(device), steps=steps, null=null,
+                       path=settings["PATH"])
+        latents, _ = unpack(x, model.shape)
+        images.append(to_bytes(latents, vae, *normalisation(settings["data"]["vae"], device)))
     save_grid(torch.cat(images), columns, path)
 
 
@@ -308,7 +308,7 @@ class Sampler:
     def __init__(self, checkpoint, device):
         model, self.settings = load_model(checkpoint, EMA)
         arguments, self.encoder = self.settings["sit"], None
-        self.null, self.shape = getattr(model, "num_classes", None), (model.in_channels, *[model.input_size] * 2)
+        self.null, self.shape, self.state_shape = getattr(model, "num_classes", None), model.shape, model.state_shape
         unused = "CLASSES" if "context_dim" in arguments else "PROMPTS"
         if globals()[unused] is not None:
             raise ValueError(f"{unused} {globals()[unused]!r}: not what this model draws from; set it to None")
@@ -343,7 +343,8 @@ class Sampler:
         vae_meta, self.vae = self.settings["data"]["vae"], None
         if vae_meta is not None:
             self.vae = load_decoder(VAE or vae_meta["name"], vae_meta, model.in_channels, checkpoint).to(device)
-        self.normalisation = normalisation(vae_meta, device)
+        to_pixels = normalisation(vae_meta, device)
+        self.show = lambda x: to_bytes(unpack(x, model.shape)[0], self.vae, *to_pixels).cpu()  # without class tokens
         if COMPILE and device.type == "cuda":
             for part in (*model.blocks, model.final_layer):  # once for BATCH_SIZE, once for any other number
                 part.compile(fullgraph=True)
@@ -364,16 +365,16 @@ class Sampler:
             return self.velocity(x, t, context_of(y))
 
         noise = IndexedNoise(SEED, indices)
-        x = self.noise_scale * noise.draw(self.shape).to(self.device)
+        x = self.noise_scale * noise.draw(self.state_shape).to(self.device)
         options = dict(null=null, cfg_scale=CFG_SCALE if cfg_scale is None else cfg_scale, guidance=GUIDANCE)
         fixed = dict(options, steps=STEPS, path=self.settings["PATH"], spacing=SPACING)
         if MODE == "sde":
-            latents = sample_sde(velocity, x, y, randn_like=noise.randn_like, **fixed)
+            x = sample_sde(velocity, x, y, randn_like=noise.randn_like, **fixed)
         elif SOLVER == "adaptive":
-            latents = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
+            x = sample_adaptive(velocity, x, y, tolerance=TOLERANCE, **options)
         else:
-            latents = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **fixed)
-        return to_bytes(latents, self.vae, *self.normalisation).cpu()
+            x = sample_ode(velocity, x, y, heun=SOLVER == "heun", per_call=self.per_call, **fixed)
+        return self.show(x)
 
     def draw_all(self, indices, shown, **options):
         """The same for any number of them."""
@@ -420,8 +421,7 @@ def save_pictures(sampler, out):
         states = []
         final = sampler.draw(range(rows), shown, states=states)
         moments = np.linspace(0, len(states), FRAMES).round().astype(int)
-        frames = [to_bytes(states[i], sampler.vae, *sampler.normalisation).cpu() if i < len(states) else final
-                  for i in moments]
+        frames = [sampler.show(states[i]) if i < len(states) else final for i in moments]
         save_grid(torch.stack(frames, dim=1).flatten(0, 1), FRAMES, out / "path.png")
         print(f"{out / 'path.png'}: {rows} {kind}, {FRAMES} moments from noise to image")
 

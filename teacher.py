@@ -155,7 +155,7 @@ class Teacher(nn.Module):
         self.input_size, self.dim, self.grid = input_size, network.embed_dim, input_size // patch
         for name in ("mean", "std"):  # on the device from the start: copying them would wait for it at every call
             self.register_buffer(name, torch.tensor(config[name], dtype=torch.float32), persistent=False)
-        self.network = network.eval().requires_grad_(False)
+        self.network, self.has_class_token = network.eval().requires_grad_(False), network.cls_token is not None
         # Once, as at each call timm may make a rotary embedding on the host, a wait. What it adds to
         # patches and puts before them is what it makes of patches that are zero.
         pixels = network.patch_embed.proj.weight.new_zeros(1, 3, input_size, input_size)
@@ -171,13 +171,8 @@ class Teacher(nn.Module):
         return super().train(False)  # frozen: no dropout, no stochastic depth, whatever the student does
 
     @torch.no_grad()
-    def forward(self, images, return_qk=False):
-        """images uint8 [B, 3, H, W] to tokens [B, N, D] and a list of logits [B, heads, N, N], one per
-        layer asked for: q k^T / sqrt(head dim), after norm and rotary embedding.
-
-        Class and register tokens are cut from tokens and from the logits' rows and columns. With
-        return_qk each layer's (queries, keys), [B, heads, N, head dim], stand in place of its logits.
-        """
+    def all_tokens(self, images):
+        """images uint8 [B, 3, H, W] to [B, prefix + N, D], and what forward returns with return_qk."""
         network, prefix = self.network, self.network.num_prefix_tokens
         x = preprocess(images, self.mean, self.std, self.input_size)
         x = network.patch_embed(x).flatten(1, -2) + self.positions[:, prefix:]  # [B, N, D]
@@ -195,11 +190,20 @@ class Teacher(nn.Module):
             else:
                 x = block(x, **rope)
         norm = network.fc_norm if isinstance(network.norm, nn.Identity) else network.norm
-        tokens = norm(x)[:, prefix:]
-        chosen = [qk[layer] for layer in self.layers]
-        if not return_qk:
-            chosen = [attention_logits(q, k) for q, k in chosen]
-        return tokens, chosen
+        return norm(x), [qk[layer] for layer in self.layers]
+
+    def forward(self, images, return_qk=False):
+        """images uint8 [B, 3, H, W] to tokens [B, N, D] and a list of logits [B, heads, N, N], one per layer asked for:
+        q k^T / sqrt(head dim), after norm and rotary embedding. Class and register tokens are cut from tokens, rows and
+        columns. With return_qk each layer's (queries, keys), [B, heads, N, head dim], stand in place of its logits."""
+        tokens, chosen = self.all_tokens(images)
+        tokens = tokens[:, self.network.num_prefix_tokens :]
+        return tokens, chosen if return_qk else [attention_logits(q, k) for q, k in chosen]
+
+    def class_token(self, images):
+        """images uint8 [B, 3, H, W] to [B, D]: the class token; of a network without one the mean of its tokens."""
+        tokens, _ = self.all_tokens(images)
+        return tokens[:, 0] if self.has_class_token else tokens[:, self.network.num_prefix_tokens :].mean(dim=1)
 
 
 def teacher_for_grid(name, layers, grid):

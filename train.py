@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,16 +30,17 @@ from tqdm import tqdm
 import checkpoint
 import costs
 from checkpoint import local
-from checks import are_pairs, check_constants, is_installed, too_short_for_ema
+from checks import check_constants, check_layers, check_times, is_installed, too_short_for_ema
+from class_tokens import ClassTokens, clean_state
 from dataset import PreparedDataset, open_loader
 from init_from import initial_weights
 from losses import attention_loss_of_qk, feature_loss, normalize_over_tokens, sums_by_time
-from model import MODELS, interpolate, make_network
+from model import MODELS, interpolate, make_network, unpack
 from runtime import collect_stops, ends_in_one_line, exit_status, has_bf16, run_script, start_processes
 from sample import save_preview, seed_from
 from teacher import teacher_for_grid
 from text import CaptionTable, TextEncoder
-from vae import load_vae, sample_latents
+from vae import load_vae
 
 # data and run
 DATA_DIR = "data/imagenet256"  # written by prepare_latents.py
@@ -52,6 +53,7 @@ INIT_FROM = None  # weights to start from, ours or published: what sample.CHECKP
 MODEL = "SiT-XL/2"  # see model.MODELS; an MMDiT learns from captions, a JiT predicts pixels
 PATH = "linear"  # interpolant: "linear" or "cosine"
 LABEL_DROPOUT = 0.1  # probability of "no label", or the empty caption, for classifier-free guidance
+CLASS_WEIGHT = 0.0  # REG's, 0.03: beside latents a SiT denoises TEACHER's class token, in both phases; 0: not
 TIMES = "uniform"  # or (mean, std) of a logit-normal: (0.0, 1.0), SD3's, favours the middle
 TIME_SHIFT = 1.0  # s: times t become s t / (1 + (s - 1) t); above 1 nearer to noise
 NOISE_SCALE = 1.0  # standard deviation of the noise; 2.0: JiT's at 512 pixels
@@ -98,7 +100,7 @@ PREVIEW_GRID, PREVIEW_STEPS = (8, 8), 50  # rows (classes) and columns; Euler st
 TRACKER = None  # "tensorboard" or "wandb", if that package is installed
 
 # A run cannot be resumed with another value of these: they shape weights, data order or noise.
-FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "TIMES", "TIME_SHIFT", "NOISE_SCALE",
+FROZEN = ("SEED", "MIRROR", "MODEL", "PATH", "LABEL_DROPOUT", "CLASS_WEIGHT", "TIMES", "TIME_SHIFT", "NOISE_SCALE",
           "TEXT_ENCODER", "TEXT_LENGTH", "BATCH_SIZE", "TEACHER", "LAYER_PAIRS", "ALIGN_DEPTH",
           "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM")
 LOGS = {
@@ -108,12 +110,14 @@ LOGS = {
 
 
 # ----- losses of a batch --------------------------------------------------------------------------
-def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
-    """(feature, attention) loss; zero where the student hands out nothing to align."""
+def alignment_losses(features, student_qk, teacher_tokens, teacher_qk, cls=None):
+    """(feature, attention) loss; zero where the student hands out nothing to align. cls: REG's class tokens [B, E]."""
     feature = attention = torch.zeros((), device=teacher_tokens.device)
     if SPATIAL_NORM:
         teacher_tokens = normalize_over_tokens(teacher_tokens, SPATIAL_NORM)
     if features is not None:
+        if CLASS_WEIGHT:  # in front, as the student's is; a convolution's features have none
+            teacher_tokens = torch.cat([cls[:, None], teacher_tokens], dim=1)[:, -features.shape[1] :]
         feature = feature_loss(features, teacher_tokens)
     if student_qk:
         attention = attention_loss_of_qk(student_qk, teacher_qk)
@@ -121,8 +125,8 @@ def alignment_losses(features, student_qk, teacher_tokens, teacher_qk):
 
 
 def compute_losses(student, teacher, x, noise, t, context, images, align=alignment_losses):
-    """(denoising, feature, attention) loss of a batch, and each image's denoising loss [B], which trains nothing; in
-    phase II, without a teacher, the second and third are 0.
+    """(denoising, feature, attention) loss of a batch, the last two 0 without a teacher, as in phase II; each image's
+    denoising loss [B], which trains nothing; with CLASS_WEIGHT the class token's loss too.
     context: what the student takes beside x_t and t, class ids [B] or embedded captions [B, L, C]."""
     x_t, target = interpolate(x, noise, t, PATH)
     if teacher is None:
@@ -132,9 +136,11 @@ def compute_losses(student, teacher, x, noise, t, context, images, align=alignme
         teacher_tokens, teacher_qk = teacher(images, return_qk=True)
         layers = tuple(s for s, _ in LAYER_PAIRS) if ATTENTION_WEIGHT else ()
         velocity, student_qk, features = student(x_t, t, context, layers, bool(FEATURE_WEIGHT), return_qk=True)
-        feature, attention = align(features, student_qk, teacher_tokens, teacher_qk)
-    each = (velocity.detach().float() - target).square().mean(dim=(1, 2, 3))
-    return F.mse_loss(velocity.float(), target), feature, attention, each
+        feature, attention = align(features, student_qk, teacher_tokens, teacher_qk, unpack(x, student.shape)[1])
+    (velocity, class_velocity), (target, class_target) = (unpack(v.float(), student.shape) for v in (velocity, target))
+    each = (velocity.detach() - target).square().mean(dim=(1, 2, 3))
+    losses = F.mse_loss(velocity, target), feature, attention, each
+    return (*losses, F.mse_loss(class_velocity, class_target)) if CLASS_WEIGHT else losses
 
 
 # ----- data order and noise: functions of (SEED, step), so that nothing need be replayed ----------
@@ -162,8 +168,8 @@ def batch_indices(step, count, rank, world):
 
 
 def open_batches(data, steps, rank, world, device):
-    """Iterator over this rank's (moments, labels, images or None) of the steps, a range, on the
-    device. Labels are class ids, or for a model that takes text the numbers of captions."""
+    """Iterator over this rank's (moments, labels, images or None, with CLASS_WEIGHT class tokens) of a range of steps,
+    on the device. Labels are class ids, or for a model that takes text the numbers of captions."""
     def chosen(step):
         images = batch_indices(step, len(data), rank, world)
         draws = np.random.default_rng((SEED, 6, step)).random(BATCH_SIZE)[part_of(rank, world)]  # of its captions
@@ -179,7 +185,7 @@ def drawn_whole(shape, of_pixels):
 
 
 def draw_noise(step, shape, rank, world, device, stream=1, of_pixels=False):
-    """The step's draws: posterior noise (None of large pixels) and noise [B, C, h, w], times and label-dropping draws,
+    """The step's draws: posterior noise (None of large pixels) and noise [B, *shape], times and label-dropping draws,
     both [B] in 0..1. Each rank takes its part of the whole batch's, or draws its blocks of 16 images, each with a seed
     of its own: the number of GPUs changes nothing. (Their model may.)"""
     part, seed = part_of(rank, world), (SEED, stream, step)
@@ -257,37 +263,31 @@ def check_settings(world):
                                "CHECKPOINT_EVERY CHECKPOINTS_KEPT KEEP_EVERY PREVIEW_EVERY",
         "whole number from 1": "TEXT_LENGTH ALIGN_DEPTH CONFLICT_IMAGES BATCH_SIZE MICRO_BATCHES MAX_SKIPPED "
                                "PREVIEW_STEPS",
-        "number from 0": "TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT SPATIAL_NORM LEARNING_RATE WEIGHT_DECAY",
-        "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE", "number from -1 to 1": "CONFLICT_BELOW",
-        "number from 0 to 1": "LABEL_DROPOUT", "number from 0 to 0.9999999": "EMA_DECAY", "list": "LAYER_PAIRS",
-        "numbers from 0 to 1": "CONFLICT_TIMES",
+        "number from 0": "CLASS_WEIGHT TEXT_TABLE_GIB FEATURE_WEIGHT ATTENTION_WEIGHT SPATIAL_NORM LEARNING_RATE "
+                         "WEIGHT_DECAY", "number above 0": "GRAD_CLIP TIME_SHIFT NOISE_SCALE",
+        "number from -1 to 1": "CONFLICT_BELOW", "number from 0 to 1": "LABEL_DROPOUT",
+        "number from 0 to 0.9999999": "EMA_DECAY", "list": "LAYER_PAIRS", "numbers from 0 to 1": "CONFLICT_TIMES",
         "two whole numbers from 1": "PREVIEW_GRID", "two numbers from 0 to 0.9999999": "BETAS"},
         MODEL=MODELS, PATH=("linear", "cosine"), PROJECTOR=("mlp", "conv"), TRIGGER=("step", "conflict"),
         SHARDING=("zero2", "zero3", "replicate"), REDUCE_PRECISION=("float32", "bf16"),
         RESIDUAL_PRECISION=("float32", "bf16"), TRACKER=(None, "tensorboard", "wandb"))
 
-    arguments = MODELS[MODEL]
-    depth, parts = arguments["depth"], world * MICRO_BATCHES
+    arguments, parts = MODELS[MODEL], world * MICRO_BATCHES
     if TRACKER and not is_installed(TRACKER):
         raise ValueError(f"TRACKER {TRACKER!r}: package not installed; pip install {TRACKER}, or set it to None")
     if BATCH_SIZE % parts:
         raise ValueError(f"BATCH_SIZE {BATCH_SIZE} does not divide among {world} processes times {MICRO_BATCHES} "
                          f"MICRO_BATCHES; the nearest that does is {max(1, round(BATCH_SIZE / parts)) * parts}")
-    if TIMES != "uniform" and not (
-            are_pairs([TIMES]) and all(isinstance(each, (int, float)) for each in TIMES) and TIMES[1] > 0):
-        raise ValueError(f"TIMES {TIMES!r}: \"uniform\", or (mean, std) of a logit-normal, std above 0")
+    check_times(TIMES)
     if "bottleneck_dim" in arguments and (TIMES == "uniform" or PATH != "linear"):
         raise ValueError(f"MODEL {MODEL!r} predicts images, of which times near 0 make no velocity; set PATH to "
                          f"'linear', and TIMES to JiT's (0.8, 0.8) or another logit-normal")
+    if CLASS_WEIGHT and {"context_dim", "bottleneck_dim"} & arguments.keys():
+        raise ValueError(f"CLASS_WEIGHT {CLASS_WEIGHT}: a SiT alone denoises a class token, not {MODEL!r}; set it to 0")
     if TRIGGER == "conflict" and not CONFLICT_EVERY:
         raise ValueError("TRIGGER 'conflict' measures the gradients' cosine; set CONFLICT_EVERY to a number of steps")
-    if ALIGN_STEPS and ALIGN_DEPTH > depth:
-        raise ValueError(f"ALIGN_DEPTH {ALIGN_DEPTH} is not one of {MODEL}'s blocks 1..{depth}; choose one of these")
-    if ALIGN_STEPS and ATTENTION_WEIGHT:
-        fit = LAYER_PAIRS and are_pairs(LAYER_PAIRS) and all(student in range(depth) for student, _ in LAYER_PAIRS)
-        if not fit:
-            raise ValueError(f"LAYER_PAIRS {LAYER_PAIRS}: a list of (student, teacher) layers, the "
-                             f"student's in 0..{depth - 1}; set ATTENTION_WEIGHT to 0 for none")
+    if ALIGN_STEPS:
+        check_layers(MODEL, arguments["depth"], ALIGN_DEPTH, LAYER_PAIRS if ATTENTION_WEIGHT else None)
 
 
 def gradient_cosine(model, teacher, align, data, context_of, rank, world, device, autocast):
@@ -300,26 +300,28 @@ def gradient_cosine(model, teacher, align, data, context_of, rank, world, device
     batches = list(open_batches(data, steps, rank, world, device))
     micro = BATCH_SIZE // world // MICRO_BATCHES
 
-    def gradient(time, aligned):
-        for step, (moments, labels, images) in zip(steps, batches):
-            posterior_noise, noise, _, _ = draw_noise(step, data.shape, rank, world, device, 2, data.vae is None)
-            x = sample_latents(moments, posterior_noise, data.vae)
+    def gradient(time, teacher):
+        for step, (moments, labels, images, *cls) in zip(steps, batches):
+            posterior_noise, noise, _, _ = draw_noise(step, model.state_shape, rank, world, device, 2, data.vae is None)
+            x = clean_state(data, moments, posterior_noise, *cls)
             t = torch.full_like(x[:, 0, 0, 0], time)
             for i in range(MICRO_BATCHES):
                 part = slice(i * micro, (i + 1) * micro)
                 context = context_of(labels[part])
                 with autocast():
-                    denoising, *others = compute_losses(model, teacher if aligned else None, x[part], noise[part],
-                                                        t[part], context, images[part], align)
-                alignment = FEATURE_WEIGHT * others[0] + ATTENTION_WEIGHT * others[1]
-                (alignment if aligned else denoising).backward()
+                    denoising, feature, attention, _, *of_class = compute_losses(
+                        model, teacher, x[part], noise[part], t[part], context, images[part], align)
+                if CLASS_WEIGHT:  # is denoising too
+                    denoising = denoising + CLASS_WEIGHT * of_class[0]
+                alignment = FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
+                (denoising if teacher is None else alignment).backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in block]
         model.zero_grad(set_to_none=True)
         return torch.cat([checkpoint.whole(each).flatten() for each in found])
 
     if dist.is_initialized():  # the alignment losses do not reach the end of their four blocks
         model.set_reshard_after_forward(False)
-    mean = torch.stack([F.cosine_similarity(gradient(t, False), gradient(t, True), dim=0)
+    mean = torch.stack([F.cosine_similarity(gradient(t, None), gradient(t, teacher), dim=0)
                         for t in CONFLICT_TIMES]).mean()
     if dist.is_initialized():
         model.set_reshard_after_forward(SHARDING == "zero3")
@@ -356,7 +358,8 @@ def main():
 
     # data, and where the run stands: phase II opens images only where they are the training data
     check_settings(world)
-    data = PreparedDataset(DATA_DIR, with_images=False)
+    open_data = partial(PreparedDataset, DATA_DIR)
+    data = open_data(with_images=False)
     network = network_arguments(data)
     encoder = None
     if "context_dim" in network:
@@ -366,7 +369,13 @@ def main():
     settings = checkpoint.describe(globals(), data, network)
     saved, progress = checkpoint.find(run, settings, FROZEN)
     step, aligning, cosine = progress["step"], progress["aligning"], progress["cosine"]
+    if CLASS_WEIGHT:  # REG: the state is wider by the teacher's class token
+        tokens = ClassTokens(data, settings, data.shape[1] // network["patch_size"], world)
+        network["cls_dim"] = settings["sit"]["cls_dim"] = tokens.dim
     initial, begun = initial_weights(INIT_FROM, network, settings) if INIT_FROM and not saved else ({}, "")
+    if CLASS_WEIGHT:  # those of all images, once for all runs, so that phase II needs neither teacher nor images
+        begun += tokens.compute(WORKERS, rank, device)
+        open_data, data = tokens.open, tokens.open(with_images=False)
 
     def phase_one_is_over():
         return step >= ALIGN_STEPS or (TRIGGER == "conflict" and cosine is not None and cosine < CONFLICT_BELOW)
@@ -384,7 +393,7 @@ def main():
     # teacher, if this run starts in phase I
     teacher, align = None, alignment_losses
     if aligning:
-        data = PreparedDataset(DATA_DIR)
+        data = open_data()
         layers = [layer for _, layer in LAYER_PAIRS] if ATTENTION_WEIGHT else []
         teacher = teacher_for_grid(TEACHER, layers, grid=data.shape[1] // network["patch_size"]).to(device)
         if FEATURE_WEIGHT:
@@ -416,13 +425,14 @@ def main():
         ema_shards = [local(average) for average in ema.values()]
         averaged_shards = [local(p) for p in model.parameters()][: len(ema)]
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-    meters = torch.zeros(8, dtype=torch.float64, device=device)  # sums since the last log: see the loop
+    meters = torch.zeros(8 + bool(CLASS_WEIGHT), dtype=torch.float64, device=device)  # sums since the last log
     by_time = torch.zeros(2, 10, dtype=torch.float64, device=device)  # likewise, or since this run was resumed
     if saved:
         checkpoint.load(saved, checkpoint.run_state(model, optimizer, ema, meters))
 
     # the run's folder, and what the run will cost
-    checkpoint.open_run(run, settings, saved, step, LOGS, rank, __file__)
+    logs = {**LOGS, "log.csv": (*LOGS["log.csv"], *["class_loss"] * bool(CLASS_WEIGHT))}
+    checkpoint.open_run(run, settings, saved, step, logs, rank, __file__)
     track = checkpoint.open_tracker(TRACKER, run, settings, step) if rank == 0 else None
 
     def log(text):
@@ -432,8 +442,8 @@ def main():
 
     share = BATCH_SIZE // world
     micro = share // MICRO_BATCHES
-    noise = 8 * math.prod(data.shape) * (BATCH_SIZE if drawn_whole(data.shape, data.vae is None) else share)
-    memory = costs.check_memory(model, teacher, captions, share, MICRO_BATCHES, shards, precision, device, noise)
+    drawn = math.prod(model.state_shape) * (BATCH_SIZE if drawn_whole(model.state_shape, data.vae is None) else share)
+    memory = costs.check_memory(model, teacher, captions, share, MICRO_BATCHES, shards, precision, device, 8 * drawn)
     peak_rate = world * costs.matrix_rate(device, precision)
     flops = costs.flops_per_image(model, teacher, captions)
     log(f"{begun}{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} images, {world} x "
@@ -442,8 +452,7 @@ def main():
 
     if not progress["aligning"] and step < ALIGN_STEPS != progress["settings"].get("ALIGN_STEPS"):
         log(f"phase I has ended before step {step:,}, for good: ALIGN_STEPS {ALIGN_STEPS:,} changes nothing")
-    too_short = too_short_for_ema(STEPS, EMA_DECAY)
-    if too_short:
+    if too_short := too_short_for_ema(STEPS, EMA_DECAY):
         log(too_short)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -462,7 +471,7 @@ def main():
             while len(trained_shards) > len(trained):  # the projector's are the last
                 del optimizer.state[trained_shards.pop()]
             flops = costs.flops_per_image(model, teacher, captions)
-            data = PreparedDataset(DATA_DIR, with_images=False)
+            data = open_data(with_images=False)
             batches = open_batches(data, range(step, STEPS), rank, world, device)
             gc.unfreeze()
             gc.collect()  # a compiled teacher refers to itself
@@ -473,13 +482,13 @@ def main():
             log(f"step {step:,}: phase II, plain {MODEL}; teacher and projector are gone")
 
         # ----- the training step ------------------------------------------------------------------
-        moments, labels, images = next(batches)  # images: uint8 [B, 3, H, W], None in phase II
-        posterior_noise, noise, t, drop = draw_noise(step, data.shape, rank, world, device, 1, data.vae is None)
-        x = sample_latents(moments, posterior_noise, data.vae)  # [B, C, h, w]
+        moments, labels, images, *cls = next(batches)  # images: uint8 [B, 3, H, W], None in phase II; of REG cls [B, E]
+        posterior_noise, noise, t, drop = draw_noise(step, model.state_shape, rank, world, device, 1, data.vae is None)
+        x = clean_state(data, moments, posterior_noise, *cls)  # [B, C, h, w], or of REG packed
         t, y = times_of(t), torch.where(drop < LABEL_DROPOUT, null, labels)
 
         torch.manual_seed(seed_from(SEED, 7, step, rank))  # of a JiT's dropout
-        step_losses, step_by_time = torch.zeros(3, device=device), 0  # the first: denoising, feature, attention
+        step_losses, step_by_time = torch.zeros(3 + bool(CLASS_WEIGHT), device=device), 0  # as stacked below
         for i in range(MICRO_BATCHES):
             part = slice(i * micro, (i + 1) * micro)
             if sharded and MICRO_BATCHES > 1:  # gradients, and but for zero3 weights, travel once a step
@@ -487,11 +496,13 @@ def main():
                 model.set_reshard_after_backward(i + 1 == MICRO_BATCHES or SHARDING == "zero3")
             context = context_of(y[part])
             with autocast():
-                denoising, feature, attention, each = compute_losses(
+                denoising, feature, attention, each, *of_class = compute_losses(
                     model, teacher, x[part], noise[part], t[part], context, images[part] if aligning else None, align)
             loss = denoising + FEATURE_WEIGHT * feature + ATTENTION_WEIGHT * attention
+            if CLASS_WEIGHT:
+                loss = loss + CLASS_WEIGHT * of_class[0]
             (loss / MICRO_BATCHES).backward()
-            step_losses += torch.stack([denoising, feature, attention]).detach() / MICRO_BATCHES
+            step_losses += torch.stack([denoising, feature, attention, *of_class]).detach() / MICRO_BATCHES
             step_by_time += sums_by_time(each, t[part])
         if world > 1:
             dist.all_reduce(step_losses)
@@ -509,11 +520,11 @@ def main():
             p.grad = None
         update_ema(ema_shards, averaged_shards, None)
 
-        # meters: sums of 3 losses and the gradient norm over good steps, their count; skipped: in a row, most, in all
-        meters[:5] += torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
-        meters[5] = (meters[5] + bad) * bad
-        meters[6] = torch.maximum(meters[5], meters[6])
-        meters[7] += bad
+        # meters: sums of losses and of the gradient norm over good steps, their count; skipped: in a row, most, in all
+        meters[:-3] += torch.where(bad > 0, 0, torch.cat([step_losses, grad_norm[None], torch.ones_like(bad)[None]]))
+        meters[-3] = (meters[-3] + bad) * bad
+        meters[-2] = torch.maximum(meters[-3], meters[-2])
+        meters[-1] += bad
         by_time += torch.where(bad > 0, 0, step_by_time)
         step += 1
         # ------------------------------------------------------------------------------------------
@@ -533,20 +544,20 @@ def main():
                 dist.all_reduce(by_time)
             losses_by_time, counts = by_time.tolist()
             gc.collect()
-            meters[:5], meters[6], by_time[:] = 0, meters[5], 0
+            meters[:-3], meters[-2], by_time[:] = 0, meters[-3], 0
             now = time.perf_counter()
             seconds = (now - clock) / (step - logged_step)  # per step
             logged_step, clock = step, now
             images_per_s = BATCH_SIZE / seconds
             mfu = images_per_s * flops / peak_rate
-            denoising, feature, attention, norm = (value / good if good else float("nan") for value in sums)
+            denoising, feature, attention, *of_class, norm = (value / good if good else float("nan") for value in sums)
             row = (step, 1 if aligning else 2, denoising, feature, attention, norm, cosine, int(skipped), images_per_s,
-                   seconds * 1000, mfu, costs.peak_gib(device))
+                   seconds * 1000, mfu, costs.peak_gib(device), *of_class)
             if rank == 0:
                 means = (total / count if count else None for total, count in zip(losses_by_time, counts))
                 checkpoint.append_row(run / "log.csv", row)
                 checkpoint.append_row(run / "loss_by_time.csv", (step, *means))
-                track(step, {key: value for key, value in zip(LOGS["log.csv"], row) if value is not None})
+                track(step, {key: value for key, value in zip(logs["log.csv"], row) if value is not None})
             bar.set_postfix_str(f"loss {denoising:.3f} feat {feature:+.3f} attn {attention:.3f} "
                                 f"norm {norm:.2f} {images_per_s:.0f} img/s, {mfu:.0%} MFU")
             if in_a_row >= MAX_SKIPPED:

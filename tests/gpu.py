@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
+import class_tokens
 import prepare_latents
 import sample
 import train
@@ -218,16 +219,16 @@ def precision(folder):
 
 def bad_batch(folder):
     """A batch of NaN is skipped: how many were, and the losses around it."""
-    latents, calls = train.sample_latents, []
+    latents, calls = class_tokens.sample_latents, []
 
     def damaged(*args):
         calls.append(1)
         return latents(*args) * (float("nan") if len(calls) == 4 else 1)
-    train.sample_latents = damaged
+    class_tokens.sample_latents = damaged
     try:
         rows, _ = run(folder)
     finally:
-        train.sample_latents = latents
+        class_tokens.sample_latents = latents
     return dict(skipped=int(rows[-1]["skipped"]), losses=[float(row["denoising_loss"]) for row in rows])
 
 

@@ -36,6 +36,7 @@ from dataset import PreparedDataset
 from teacher import Teacher
 from tests.conftest import ROOT, read_log, set_constants, small_constants, with_latents
 from tests.test_model import ShapeRecorder
+from vae import sample_latents
 
 
 def test_times_are_spread_towards_the_noise_as_the_reference_says(monkeypatch):
@@ -599,7 +600,7 @@ def test_pixels_train_to_the_same_bits_as_when_they_were_stored_in_float16(mode,
     set_constants(monkeypatch, prepare_latents, SOURCE=str(tmp_path / "sheet.png"), DATA_DIR=str(new), IMAGE_SIZE=28,
                   VAE=None, WORKERS=0)
     prepare_latents.main()
-    x = train.sample_latents(PreparedDataset(new)[np.arange(4)][0], None, None)
+    x = sample_latents(PreparedDataset(new)[np.arange(4)][0], None, None)
     assert x.is_contiguous()  # as float16 lay on the disk: GPUs choose their kernels by it
     with_latents(new, old)
     with_latents(new, means, vae=dict(name="of/tests", scale=1.0))
@@ -670,7 +671,7 @@ def test_jit_is_not_trained_on_latents(small_run, data_dir, tmp_path):
 
 @pytest.mark.parametrize("constant, first, second", [
     ("PROJECTOR", "mlp", "conv"), ("SPATIAL_NORM", 0.0, 0.6), ("TIMES", "uniform", (0.0, 1.0)),
-    ("TIME_SHIFT", 1.0, 2.0), ("NOISE_SCALE", 1.0, 2.0)])
+    ("TIME_SHIFT", 1.0, 2.0), ("NOISE_SCALE", 1.0, 2.0), ("CLASS_WEIGHT", 0.0, 0.03)])
 def test_a_run_keeps_what_shapes_it(small_run, constant, first, second):
     """A run of an earlier version, which had none of these settings, is as one with the first value."""
     run = small_run(STEPS=2, **{constant: first})
