@@ -438,7 +438,8 @@ def test_what_the_pages_say_of_attention_follows_from_the_committed_rows():
     said = (f"rises from {draw.spread(switch)} to {draw.spread(later)}, a twentieth of the way to plain's "
             f"{draw.spread(plain)}; nearer to the data it forgets more, nearer to the noise less.")
     assert said in pages[1] and f"than plain: {draw.spread(at('features', 2000))}. Uniform" in pages[1]
-    assert f"from {switch.mean():.2f} to {later.mean():.2f}, a twentieth of the way to plain's {plain.mean():.2f}" in pages[0]
+    means = f"from {switch.mean():.2f} to {later.mean():.2f}, a twentieth of the way to plain's {plain.mean():.2f}"
+    assert means in pages[0]
     assert ((later - switch) / (plain - switch)).mean() == pytest.approx(1 / 20, abs=0.005)
     forgotten = [(at(haste, 2000, t) - at(haste, 1000, t)).mean() for t in (0.1, 0.5, 0.9)]
     assert forgotten == sorted(forgotten, reverse=True) and np.log(49) == pytest.approx(3.89, abs=0.005)
@@ -450,11 +451,11 @@ def test_what_the_pages_say_of_the_loss_by_time_follows_from_the_committed_rows(
     bins = train.LOGS["loss_by_time.csv"][1:]
     table = lambda run: np.stack([draw.values(runs, run, 2000, column) for column in bins])  # [10, seeds]
     ratios = {run: table(run) / table("plain") for run in runs}
-    percent = lambda numbers: f"{100 * abs(numbers - 1).min():.1f} to {100 * abs(numbers - 1).max():.1f} %"
+    percent = lambda found: f"{100 * abs(found - 1).min():.1f} to {100 * abs(found - 1).max():.1f} %"
     aligned, stopped = ratios["aligned"], ratios["stopped at 1000"]
     page = " ".join((ROOT / PAGES[1]).read_text().split())
-    assert (f"is {percent(aligned[0])} above plain's in the tenth of times next to the data, {percent(aligned[1])} in the "
-            f"next, and {percent(aligned[5:8])} below it between t = 0.5 and 0.8") in page
+    assert (f"is {percent(aligned[0])} above plain's in the tenth of times next to the data, {percent(aligned[1])} in "
+            f"the next, and {percent(aligned[5:8])} below it between t = 0.5 and 0.8") in page
     assert (aligned[:2] > 1).all() and (aligned[5:8] < 1).all() and (stopped[0] > 1).all() and (stopped[1:] < 1).all()
     assert f"({percent(stopped[0])} above plain's in the first tenth)" in page
     assert f"in every tenth and seed, by {percent(stopped[1:])}." in page
