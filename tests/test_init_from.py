@@ -1,6 +1,7 @@
 """INIT_FROM: a run begins with weights that exist, ours or published; what of them is adapted, what is refused."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -49,6 +50,7 @@ def test_a_run_that_learns_nothing_is_its_source(small_run, tmp_path):
     assert said in (run / "log.txt").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_resumes_itself_after_a_kill(run_process, small_run, tmp_path):
     source = small_run(RUN_DIR=str(tmp_path / "source"), STEPS=2)
     train.main()
@@ -127,5 +129,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(small_run, tmp_pat
 
 
 def test_readmes_recipe_is_made_of_constants_that_there_are():
-    readme = (ROOT / "README.md").read_text()
-    assert "train.INIT_FROM" in readme
+    recipe = (ROOT / "README.md").read_text().partition("train.INIT_FROM")[2].partition("```")[0]
+    names = re.findall(r"train\.(\w+)", recipe)
+    assert set(names) == {"MODEL", "LEARNING_RATE", "WARMUP_STEPS", "EMA_DECAY"}
+    assert all(hasattr(train, name) for name in names)

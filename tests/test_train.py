@@ -353,6 +353,7 @@ def test_a_run_of_four_processes_goes_on_in_two_and_in_one(run_process, tmp_path
     assert [row["step"] for row in read_log(tmp_path / "run")] == [str(step) for step in range(1, 13)]
 
 
+@pytest.mark.slow
 def test_torchrun_resumes_by_itself_after_one_of_two_processes_is_killed(run_process, small_run, tmp_path):
     killed = run_process(tmp_path / "killed", signal.SIGKILL, 9, rank=1, processes=2, restarts=1, WORKERS=1)
     assert killed.returncode == 0 and "phase II from step 8" in killed.stdout, killed.stderr
