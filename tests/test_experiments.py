@@ -415,6 +415,18 @@ def test_what_the_pages_say_of_the_papers_run_follows_from_its_steps():
     assert f"| {256 / 0.058 / 8:.0f}; {256 / 0.062 / 8:.0f}: *estimates* |" in page
 
 
+def test_what_the_page_says_of_starting_from_weights_is_in_the_committed_rows():
+    runs, _ = draw.read(draw.HERE / "fine_tune.csv")
+    ratio = lambda run, step, other: draw.values(runs, run, step) / draw.values(runs, "scratch", other)
+    said = [(ratio(*each).min(), ratio(*each).max()) for each in (
+        ("weights", 250, 250), ("weights", 500, 500), ("weights", 250, 500),
+        ("weights, a fifth of the rate", 500, 500))]
+    first, last, half, slower = (" to ".join(dict.fromkeys(f"{number:.2f}" for number in pair)) for pair in said)
+    page = " ".join((ROOT / PAGES[1]).read_text().split())
+    assert f"is {first} of scratch's after 250 steps and {last} after 500, when" in page
+    assert f"lead to {half} of what scratch" in page and f"slower: {slower} after 500." in page
+
+
 def test_what_the_landing_page_says_of_the_four_comparisons():
     """Aligned ends below plain in every seed; stopping helps one, harms one, and shows nothing in two."""
     by_stopping = []
