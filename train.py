@@ -539,7 +539,7 @@ def main():
             clock += time.perf_counter() - paused  # no training time
 
         if (LOG_EVERY and step % LOG_EVERY == 0) or step == STEPS or (aligning and step == ALIGN_STEPS):
-            *sums, good, _, in_a_row, skipped = meters.tolist()  # the only wait for the device
+            *sums, good, _, in_a_row, skipped = meters.tolist()  # here alone the loop waits for the device
             if world > 1:
                 dist.all_reduce(by_time)
             losses_by_time, counts = by_time.tolist()

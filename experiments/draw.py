@@ -167,11 +167,17 @@ def cross_entropy(runs, file):
     figure.savefig(file, dpi=150)
 
 
+def bins_of_time(runs):
+    """loss_by_time.csv's columns of losses."""
+    row = next(iter(next(iter(runs["plain"].values())).values()))
+    return [column for column in row if column.startswith("t ")]
+
+
 def loss_by_time(runs, file):
     """The denoising loss of attention.py's runs in each tenth of time, by plain's of the same seed."""
     lines, _ = styles(runs)
     step, = judged_at(runs)
-    bins = [column for column in next(iter(runs["plain"].values()))[step] if column.startswith("t ")]
+    bins = bins_of_time(runs)
     figure, axes = canvas(5, 3.6)
     for run, style in lines.items():
         ratios = [values(runs, run, step, column) / values(runs, "plain", step, column) for column in bins]
@@ -230,7 +236,7 @@ def attention_table(runs):
 def loss_table(runs):
     """Markdown: plain's denoising loss in each tenth of time, and that of the others by it."""
     step, = judged_at(runs)
-    bins = [column for column in next(iter(runs["plain"].values()))[step] if column.startswith("t ")]
+    bins = bins_of_time(runs)
     print(f"| denoising loss | {' | '.join(bins)} |")
     print("|---|" + "---|" * len(bins))
     for run in runs:

@@ -379,7 +379,8 @@ def test_repa_es_checkpoint_normalises_by_its_own_and_holds_its_vae(draw, tmp_pa
     bn.running_mean, bn.running_var = z["shift"].clone(), 1 / z["scale"] ** 2 - 1e-4
     of_network = {**theirs.state_dict(), **{f"bn.{key}": value for key, value in bn.state_dict().items()}}
     file = tmp_path / "0400000.pt"
-    whole = dict(ema=of_network, vae=torch.load(as_ldm(tmp_path / "ldm"))["state_dict"], args=argparse.Namespace(a=1))
+    ldm = torch.load(as_ldm(tmp_path / "ldm"), weights_only=True)
+    whole = dict(ema=of_network, vae=ldm["state_dict"], args=argparse.Namespace(a=1))
     torch.save(whole, file)
     ours, settings = load_model(file)
     x, t, y = torch.randn(1, 8, 8, 8), torch.rand(1), torch.tensor([3])
