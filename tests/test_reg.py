@@ -1,9 +1,12 @@
 """REG (arXiv 2507.01467), CLASS_WEIGHT: the reference's numbers, class tokens stored once, both phases, files."""
 
 import argparse
+import csv
 import json
+import re
 import shutil
 import signal
+from itertools import product
 
 import numpy as np
 import pytest
@@ -19,10 +22,11 @@ import train
 from checkpoint import load_model
 from class_tokens import WithClassTokens, clean_state
 from dataset import PreparedDataset
+from experiments import compare, draw, reg
 from init_from import initial_weights
-from model import SiT, build, interpolate, pack, unpack
+from model import MODELS, SiT, build, interpolate, pack, unpack
 from teacher import Teacher
-from tests.conftest import read_log, set_constants
+from tests.conftest import ROOT, read_log, set_constants
 from tests.test_init_from import SETTINGS, arguments, randomized, written
 from tests.test_train import assert_close_models, assert_same_state, final_state, read_losses
 
@@ -472,3 +476,47 @@ def test_weights_go_between_runs_with_and_without_a_class_token(tmp_path):
     weights, said = initial_weights(files["reg"], arguments(cls_dim=7, input_size=56), SETTINGS)
     assert weights["pos_embed"].shape == (1, 197, 128) and (weights["pos_embed"][0, 0] == 0).all()
     assert "7 x 7 positions to 14 x 14; fresh: cls_projectors2, final_layer.linear_cls, projector" in said
+
+
+@pytest.mark.slow
+def test_reg_in_short(restored, monkeypatch, tmp_path, capsys):
+    """The reduced form: with REG every run reads the same class tokens, written before any begins."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(MODELS, "student", None)  # taken back afterwards
+    set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), HERE=tmp_path, PROCESSES=2,
+                  STUDENT=dict(depth=4), SEEDS=None, STEPS=None, STOPS=None, OUT=None, RUNS=None, STOPPED=None,
+                  RESULTS=None, IMAGES=10)
+    set_constants(monkeypatch, reg, OUT=str(tmp_path / "out"), STEPS=(4, 8))
+    with open(tmp_path / "reg.csv", "w") as file:  # what it is set beside
+        file.writelines(["run,seed,step,distance\n",
+                         *(f"{run},{seed},4,{seed}\n" for run in reg.LOSSES for seed in (1, 2))])
+    reg.small()
+    runs, _ = draw.read(tmp_path / "out_small/results.csv")
+    assert list(runs) == list(reg.LOSSES) and capsys.readouterr().out.count("1.50 +-") == 6
+    assert len({runs[run][0][4]["distance"] for run in runs}) == 6
+    for run in runs:
+        row = read_log(tmp_path / "out_small" / run / "0")[-1]
+        assert ("class_loss" in row) == ("reg" in run) and row["phase"] == ("2" if run in ("plain", "reg") else "1")
+    assert len(list((tmp_path / "out_small/data").glob("patch_means_*"))) == 1
+
+
+def test_the_answers_about_reg_are_those_that_the_distances_were_made_of(restored, monkeypatch, tmp_path, capsys):
+    set_constants(monkeypatch, compare, RUNS=None, STOPPED=None, STOPS=None, STEPS=None, OUT=None, RESULTS=None)
+    path = tmp_path / "reg.csv"
+    reg.settings(tmp_path, path, reg.STEPS)
+    names = [*compare.RUNS, *compare.stopped_runs()]
+    sizes = {"features": 0.9, "aligned": 0.6, "reg": 0.5, "stopped": 1.1}
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, compare.COLUMNS)
+        table.writeheader()
+        for seed, name in product((0, 1), names):
+            words = {*name.replace(",", "").split(), *["aligned"] * name.startswith("stopped")}
+            changed = [size + 0.1 * seed * (word == "reg") for word, size in sizes.items() if word in words]
+            table.writerow(dict(run=name, seed=seed, step=reg.STEPS[-1], distance=10 * np.prod(changed)))
+    reg.answers(path)
+    said = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    ratios = {question: {row[3] for row in said if row[0] == question} for question in reg.QUESTIONS}
+    by_attention, by_stop, by_reg = "0.67 (0.67 to 0.67)", "1.10 (1.10 to 1.10)", "0.55 (0.50 to 0.60)"
+    assert list(ratios.values()) == [{by_attention}] * 2 + [{by_stop}] * 2 + [{by_reg}] * 2 + [
+        {"0.90 (0.90 to 0.90)", "0.60 (0.60 to 0.60)", "0.66 (0.66 to 0.66)"}]
+    assert {name for row in said for name in row[1:3]} == set(names)
