@@ -10,6 +10,7 @@ if not __package__:
 
 import csv
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,19 +66,24 @@ def spread(numbers, digits=2):
     return f"{numbers.mean():.{digits}f} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
 
 
-def speed_up(runs, haste, seed, step):
-    """Steps that plain SiT needs to reach HASTE's distance at `step`, by that step; None: it does not reach it.
+def first_below(rows, wanted, column="distance"):
+    """Steps that a run, {step: row}, takes to a distance; None: it does not reach it.
 
     Between two steps at which it was judged, log distance is taken as linear in log steps."""
-    wanted = float(runs[haste][seed][step]["distance"])
-    steps = sorted(runs["plain"][seed])
-    distances = [float(runs["plain"][seed][each]["distance"]) for each in steps]
-    for i, low in enumerate(distances[1:]):
+    steps = sorted(rows)
+    distances = [float(rows[step][column]) for step in steps]
+    if distances[0] <= wanted:
+        return steps[0]
+    for (a, b), (high, low) in zip(pairwise(steps), pairwise(distances)):
         if low <= wanted:
-            (a, b), high = steps[i : i + 2], distances[i]
-            share = np.clip(np.log(high / wanted) / np.log(high / low), 0, 1)
-            return a * (b / a) ** share / step
+            return a * (b / a) ** (np.log(high / wanted) / np.log(high / low))
     return None
+
+
+def speed_up(runs, haste, seed, step):
+    """Steps that plain SiT needs to reach HASTE's distance at `step`, by that step; None: it does not reach it."""
+    steps = first_below(runs["plain"][seed], float(runs[haste][seed][step]["distance"]))
+    return steps and steps / step
 
 
 def canvas(width, height, *grid, **options):

@@ -1,11 +1,12 @@
-"""Makes data/teacher.safetensors and data/judge.safetensors again, from all 60,000 Fashion-MNIST training images.
+"""Makes the teacher and the two judges, data/*.safetensors, again, from all 60,000 Fashion-MNIST training images.
 
     apt-get install dataset-fashion-mnist                       # Debian; or put the four .gz files into IDX_DIR
     python -m experiments.fashion_mnist_networks
 
 Writes the images as sprite sheets (28 x 28 tiles sorted by class), prepares them, and calls train_network.main().
 The judge has another architecture (a residual convolutional network) and another seed than the teacher, so that a
-student is not judged by the network it imitated.
+student is not judged by the network it imitated; the judge of speedrun.py's report has a third one (dense connections
+in place of residual ones), so that no attempt is judged by the network that it was chosen by.
 """
 
 if not __package__:
@@ -28,6 +29,9 @@ NETWORKS = {  # train_network's constants, pass after pass; of the test images t
                 dict(EPOCHS=6, LEARNING_RATE=1e-3, SHIFT=1, EMA_DECAY=0.999)],  # 90.41 %
     "judge": [dict(EPOCHS=6, LEARNING_RATE=2e-3, SHIFT=0, EMA_DECAY=0.0, MIRROR=False, SEED=1, ARCHITECTURE="resnet18",
                    ARCHITECTURE_SETTINGS=dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24))],
+    "report_judge": [dict(EPOCHS=6, LEARNING_RATE=2e-3, SHIFT=0, EMA_DECAY=0.0, MIRROR=False, SEED=2,
+                          ARCHITECTURE="densenet121",
+                          ARCHITECTURE_SETTINGS=dict(growth_rate=24, block_config=(4, 6, 4)))],
 }
 
 

@@ -1,0 +1,83 @@
+"""experiments/speedrun.py: what an attempt pays, and who judges it."""
+
+import csv
+import sys
+
+import pytest
+
+import model
+from experiments import compare, speedrun
+from tests.conftest import ROOT, set_constants
+
+ATTEMPTS = {"plain": dict(ALIGN_STEPS=0), "haste": dict(ALIGN_STEPS=100), "never": {}}
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """The file of RESULTS; a function writes distances into it, {attempt: {seed: {step: distance}}}, whose steps cost
+    twice and half of plain SiT's, by the report's judge; by the search's they are a tenth."""
+    set_constants(monkeypatch, speedrun, RESULTS=tmp_path / "speedrun.csv", ATTEMPTS=ATTEMPTS, TARGET=("plain", 400),
+                  SEARCH=(0,), REPORT=(10, 11))
+
+    def write(distances, phase_1=2.0, phase_2=0.5, preparation=20.0):
+        speedrun.write([dict(run=name, seed=seed, step=step, distance="" if seed in speedrun.SEARCH else distance,
+                             search_distance=distance / 10, phase_1=phase_1, phase_2=phase_2, preparation=preparation)
+                        for name, seeds in distances.items() for seed, steps in seeds.items()
+                        for step, distance in steps.items()])
+        return tmp_path / "speedrun.csv"
+    return write
+
+
+def test_cost_to_quality_is_what_was_paid_until_the_target(results, capsys):
+    results({"plain": {seed: {200: 16, 400: 4 + change} for seed, change in ((0, 0), (10, -1), (11, 1))}})
+    results({"haste": {0: {50: 16, 100: 8, 200: 4}, 10: {50: 16, 100: 8, 200: 2}, 11: {50: 16, 100: 4, 200: 2}}})
+    results({"never": {10: {50: 16, 200: 1}, 11: {50: 16, 200: 4.01}}})
+    speedrun.table()
+    plain, haste, never = capsys.readouterr().out.splitlines()[2:]
+    first = (20 + 100 * 2 + (100 * 2**0.5 - 100) * 0.5) / 400  # half way from 8 to 2, in logarithms, after the stop
+    assert haste == (f"| haste | {(first + 0.55) / 2:.2f} (0.55 to {first:.2f}) | {(first + 0.55) / 2:.2f} (0.55 to "
+                     f"{first:.2f}) | {270 / 400:.2f} ({270 / 400:.2f} to {270 / 400:.2f}) | 2.00 (2.00 to 2.00) |")
+    assert never.startswith("| never | not reached in 1 of 2 seeds |") and never.endswith(" |  | 2.50 (1.00 to 4.01) |")
+    assert plain.startswith("| plain | not reached in 1 of 2 seeds |")
+
+
+def test_rows_take_the_place_of_those_of_the_same_seeds_alone(results):
+    path = results({"haste": {0: {100: 5}, 10: {100: 6}}, "plain": {10: {100: 7}}})
+    results({"haste": {10: {100: 3, 50: 4}}})
+    with open(path, newline="") as file:
+        rows = [(row["run"], row["seed"], row["step"], row["distance"]) for row in csv.DictReader(file)]
+    assert rows == [("plain", "10", "100", "7"), ("haste", "0", "100", ""), ("haste", "10", "50", "4"),
+                    ("haste", "10", "100", "3")]
+
+
+@pytest.mark.parametrize("words", [(), ("fast",), ("haste", "ten"), ("haste", "-1")])
+def test_what_is_no_attempt_is_refused_in_one_line(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", *words])
+    with pytest.raises(ValueError, match=r"say which attempt, and from which seeds if not \(10, 11, 12\): plain, repa"):
+        speedrun.main()
+
+
+@pytest.mark.slow
+def test_an_attempt_in_short(restored, monkeypatch, tmp_path, capsys):
+    """Its report's judge is not asked of the search's seed; another seed is set beside the committed ones."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
+    set_constants(monkeypatch, compare, SOURCE=str(ROOT / "data/fashion_mnist_test.png"), PROCESSES=2, IMAGES=10,
+                  STUDENT=dict(depth=4), SEEDS=None, STEPS=None, OUT=None, RUNS=None, STOPPED=None, SETTINGS=None,
+                  JUDGE=None, FILES=None)
+    set_constants(monkeypatch, speedrun, OUT=str(tmp_path / "out"), RESULTS=tmp_path / "speedrun.csv",
+                  ROUNDS=2, ROUND=2, STEPS=4, TARGET=("plain", 4), JUDGED=2,
+                  ATTEMPTS={"plain": dict(ALIGN_STEPS=0, STEPS=4), "reg": dict(CLASS_WEIGHT=0.03, ALIGN_STEPS=2)},
+                  JUDGES=dict(speedrun.JUDGES, report=str(ROOT / "data/teacher.safetensors")))
+    for words in (["plain"], ["plain", "0"], ["reg", "0"], ["reg", "12"]):
+        monkeypatch.setattr(sys, "argv", ["speedrun.py", *words])
+        speedrun.main()
+    said = capsys.readouterr().out
+    with open(tmp_path / "speedrun.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["seed"], row["step"], bool(row["distance"])) for row in rows] == [
+        *(("plain", seed, step, seed != "0") for seed in ("0", "10", "11", "12") for step in "24"),
+        *(("reg", "0", step, False) for step in "24")]
+    assert all(float(row["phase_1"] or 1) > 0.1 and float(row["phase_2"]) > 0.1 for row in rows)
+    assert {float(row["preparation"]) > 0 for row in rows if row["run"] == "reg"} == {True}
+    assert said.count("\ncost to quality: ") == said.count("\nelapsed: ") == 4
