@@ -34,7 +34,8 @@ LOSSES = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "a
           "reg": REG | dict(ALIGN_STEPS=0), "reg features": REG | dict(ATTENTION_WEIGHT=0), "reg aligned": REG}
 PATCH = 4  # of the students
 STEPS, STOP = (500, 1000, 2000), 1000
-EMOJI_STEPS = (1000, 2000)
+EMOJI_STEPS, EMOJI_STOP = (1500,), 750
+EMOJI_STUDENT = dict(depth=4, patch_size=PATCH)  # what differs from pixels.py's SiT
 QUESTIONS = {  # pairs of runs: the first one's distance by the second one's
     "attention, with REG": [("reg aligned", "reg features"),
                             ("reg aligned, stopped at {}", "reg features, stopped at {}")],
@@ -49,11 +50,11 @@ QUESTIONS = {  # pairs of runs: the first one's distance by the second one's
 }
 
 
-def settings(out, results, steps, **changes):
+def settings(out, results, steps, stop, **changes):
     """Sets compare.py's constants: plain and REG alone, every other run to its end and stopped."""
     compare.OUT, compare.RESULTS = out, results
-    compare.STEPS, compare.STOPS = steps, (STOP,)
-    changes |= dict(CONFLICT_EVERY=0, KEEP_EVERY=STOP)
+    compare.STEPS, compare.STOPS = steps, (stop,)
+    changes |= dict(CONFLICT_EVERY=0, KEEP_EVERY=stop)
     compare.RUNS = {name: losses | changes for name, losses in LOSSES.items()}
     compare.STOPPED = tuple(name for name, losses in LOSSES.items() if "ALIGN_STEPS" not in losses)
 
@@ -69,17 +70,17 @@ def write_class_tokens():
 def answers(results):
     """Markdown: for each of QUESTIONS the ratio of last distances, mean (lowest to highest) of the seeds."""
     runs, _ = draw.read(results)
-    last = draw.judged_at(runs)[-1]
+    last, stop = draw.judged_at(runs)[-1], next(run for run in runs if run.startswith("stopped")).split()[-1]
     print("| what changes | distance of | by that of | ratio |\n|---|---|---|---|")
     for question, pairs in QUESTIONS.items():
         for names in pairs:
-            with_it, without = (name.format(STOP) for name in names)
+            with_it, without = (name.format(stop) for name in names)
             ratios = draw.values(runs, with_it, last) / draw.values(runs, without, last)
             print(f"| {question} | {with_it} | {without} | {draw.spread(ratios)} |")
 
 
 def fashion_mnist():
-    settings(OUT, compare.HERE / "reg.csv", STEPS)
+    settings(OUT, compare.HERE / "reg.csv", STEPS, STOP)
     compare.prepare()
     write_class_tokens()
     compare.main()
@@ -88,8 +89,9 @@ def fashion_mnist():
 
 @ends_in_one_line
 def emoji():
-    settings(f"{OUT}_emoji", compare.HERE / "reg_emoji.csv", EMOJI_STEPS, MODEL="velocity", TIMES="uniform")
-    pixels.OUT, pixels.IMAGE_SIZE, pixels.STUDENT = compare.OUT, 32, dict(pixels.STUDENT, patch_size=PATCH)
+    settings(f"{OUT}_emoji", compare.HERE / "reg_emoji.csv", EMOJI_STEPS, EMOJI_STOP, MODEL="velocity",
+             TIMES="uniform")
+    pixels.OUT, pixels.IMAGE_SIZE, pixels.STUDENT = compare.OUT, 32, pixels.STUDENT | EMOJI_STUDENT
     Path(pixels.OUT).mkdir(parents=True, exist_ok=True)
     shutil.copy(emoji_data.WEIGHTS.format("judge"), f"{pixels.OUT}/judge.safetensors")  # it sees 32 pixels as it is
     pixels.prepare()
@@ -102,7 +104,7 @@ def emoji():
 
 
 def small():
-    settings(f"{OUT}_small", f"{OUT}_small/results.csv", STEPS[:1])
+    settings(f"{OUT}_small", f"{OUT}_small/results.csv", STEPS[:1], STOP)
     compare.SEEDS, compare.STOPPED = (0,), ()  # nothing has stopped yet
     compare.prepare()
     write_class_tokens()

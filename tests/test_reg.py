@@ -503,7 +503,7 @@ def test_reg_in_short(restored, monkeypatch, tmp_path, capsys):
 def test_the_answers_about_reg_are_those_that_the_distances_were_made_of(restored, monkeypatch, tmp_path, capsys):
     set_constants(monkeypatch, compare, RUNS=None, STOPPED=None, STOPS=None, STEPS=None, OUT=None, RESULTS=None)
     path = tmp_path / "reg.csv"
-    reg.settings(tmp_path, path, reg.STEPS)
+    reg.settings(tmp_path, path, reg.STEPS, reg.STOP)
     names = [*compare.RUNS, *compare.stopped_runs()]
     sizes = {"features": 0.9, "aligned": 0.6, "reg": 0.5, "stopped": 1.1}
     with open(path, "w", newline="") as file:
