@@ -17,6 +17,7 @@ if not __package__:
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train
@@ -64,7 +65,17 @@ def write_class_tokens():
     compare.SETTINGS(compare.OUT, 0, {})
     teacher = dict(TEACHER=train.TEACHER, checksums=dict(TEACHER=weights_checksum(train.TEACHER)), MIRROR=False)
     data = PreparedDataset(train.DATA_DIR, with_images=False)
-    ClassTokens(data, teacher, data.shape[1] // PATCH, world=1).compute(0, 0, torch.device("cpu"))
+    tokens = ClassTokens(data, teacher, data.shape[1] // PATCH, world=1)
+    tokens.compute(0, 0, torch.device("cpu"))
+    share = between_classes(tokens.open(with_images=False).class_tokens[0], np.asarray(data.labels))
+    print(f"class tokens: {share:.0%} of their variance is between classes")
+
+
+def between_classes(tokens, labels):
+    """The share of the variance of tokens [N, E] that is between classes [N], so what a label tells of them."""
+    tokens = np.asarray(tokens, np.float64)
+    within = sum((labels == label).mean() * tokens[labels == label].var(axis=0).sum() for label in np.unique(labels))
+    return 1 - within / tokens.var(axis=0).sum()
 
 
 def answers(results):

@@ -25,7 +25,7 @@ from dataset import PreparedDataset
 from experiments import compare, draw, reg
 from init_from import initial_weights
 from model import MODELS, SiT, build, interpolate, pack, unpack
-from teacher import Teacher
+from teacher import Teacher, teacher_for_grid
 from tests.conftest import ROOT, read_log, set_constants
 from tests.test_init_from import SETTINGS, arguments, randomized, written
 from tests.test_train import assert_close_models, assert_same_state, final_state, read_losses
@@ -261,7 +261,7 @@ def test_without_class_weight_nothing_is_otherwise(small_run, folder):
 
 
 KILL_IN_THE_TOKEN_PASS = """
-from teacher import Teacher
+from teacher import Teacher, teacher_for_grid
 class_token, calls = Teacher.class_token, []
 def kill_at_the_third(self, images):
     calls.append(1)
@@ -498,6 +498,16 @@ def test_reg_in_short(restored, monkeypatch, tmp_path, capsys):
         row = read_log(tmp_path / "out_small" / run / "0")[-1]
         assert ("class_loss" in row) == ("reg" in run) and row["phase"] == ("2" if run in ("plain", "reg") else "1")
     assert len(list((tmp_path / "out_small/data").glob("patch_means_*"))) == 1
+
+
+def test_a_label_tells_most_of_what_the_class_token_says(prepare):
+    """On the test images that come with the project, as the page says it of the training images."""
+    data = prepare(SOURCE=str(ROOT / "data/fashion_mnist_test.png"), IMAGE_SIZE=28)
+    teacher = teacher_for_grid(str(ROOT / "data/teacher.safetensors"), [], 7)
+    tokens, labels = teacher.class_token(data.images(range(len(data)))).numpy(), np.asarray(data.labels)
+    assert reg.between_classes(tokens, labels) == pytest.approx(0.80, abs=0.02)
+    assert reg.between_classes(np.eye(10)[labels], labels) == pytest.approx(1)
+    assert reg.between_classes(tokens[np.random.default_rng(0).permutation(len(tokens))], labels) < 0.05
 
 
 def test_the_answers_about_reg_are_those_that_the_distances_were_made_of(restored, monkeypatch, tmp_path, capsys):
