@@ -89,14 +89,18 @@ def judge(samples, out):
 def costs(changes):
     """What a step of an attempt costs in phase_1 and phase_2, and its preparation, all by a step of plain SiT: medians
     of ROUNDS, measured in turn in this process."""
+    if changes == PLAIN:
+        return dict(phase_1=1, phase_2=1, preparation=0)
     kinds = {"plain": PLAIN, "phase_1": dict(changes, ALIGN_STEPS=10**6), "phase_2": dict(changes, ALIGN_STEPS=0)}
     if changes.get("ALIGN_STEPS") == 0:
         del kinds["phase_1"]
     times = {kind: [] for kind in (*kinds, "preparation")}
+    usual = {name: value for name, value in vars(train).items() if name.isupper()}
     with TemporaryDirectory() as runs, open(Path(OUT, "costs.txt"), "w") as output:
         for step in range(ROUND, ROUND * ROUNDS + 1, ROUND):
             for kind, constants in kinds.items():
                 with redirect_stdout(output), redirect_stderr(output):
+                    vars(train).update(usual)  # of what the kind before has changed
                     settings(Path(runs, kind), 0, dict(constants, STEPS=step, LOG_EVERY=ROUND // 2))
                     train.main()
                 with open(Path(runs, kind, "log.csv"), newline="") as file:
@@ -122,7 +126,7 @@ def cost_to_quality(rows, stop, target, column):
     first = draw.first_below(rows, target, column)
     if first is None:
         return None
-    phase_1, phase_2, preparation = (float(next(iter(rows.values()))[name] or 0) for name in COLUMNS[-3:])
+    phase_1, phase_2, preparation = (float(next(iter(rows.values())).get(name) or 0) for name in COLUMNS[-3:])
     aligned = min(first, stop)
     return (preparation + aligned * phase_1 + (first - aligned) * phase_2) / TARGET[1]
 
@@ -195,12 +199,16 @@ def main():
     if name == "table":
         return table()
     seeds = tuple(map(int, seeds)) or REPORT
+    counted, column = (SEARCH, "search_distance") if seeds[0] in SEARCH else (REPORT, "distance")
+    runs = draw.read(RESULTS)[0] if RESULTS.exists() else {}
+    if (name, seeds) != (TARGET[0], counted) and not set(counted) <= set(runs.get(TARGET[0], ())):
+        raise ValueError(f"{RESULTS} has no rows of {TARGET[0]} from the seeds {counted}, and they are the target; run "
+                         f"that first: python -m experiments.speedrun {TARGET[0]} {' '.join(map(str, counted))}")
     rows = run_attempt(name, seeds)
-    committed = seeds in (SEARCH, REPORT)
-    if committed:
+    if seeds == counted:
         write(rows)
-    runs, column = draw.read(RESULTS)[0], "search_distance" if seeds[0] in SEARCH else "distance"
-    beside = "" if committed or name not in runs else "; committed: {}"
+    runs = draw.read(RESULTS)[0]
+    beside = "; committed: {}" if seeds != counted and set(REPORT) <= set(runs[name]) else ""
     said = report(runs, name, REPORT, column) if beside else ("", "")
     runs[name] = {seed: {row["step"]: row for row in rows if row["seed"] == seed} for seed in seeds}
     cost, distance = report(runs, name, seeds, column)

@@ -57,6 +57,14 @@ def test_what_is_no_attempt_is_refused_in_one_line(monkeypatch, words):
         speedrun.main()
 
 
+def test_without_a_target_nothing_is_begun(results, monkeypatch):
+    results({"plain": {0: {200: 16, 400: 4}}})
+    monkeypatch.setattr(speedrun, "run_attempt", None)
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "haste"])
+    with pytest.raises(ValueError, match=r"no rows of plain from the seeds \(10, 11\).*speedrun plain 10 11"):
+        speedrun.main()
+
+
 @pytest.mark.slow
 def test_an_attempt_in_short(restored, monkeypatch, tmp_path, capsys):
     """Its report's judge is not asked of the search's seed; another seed is set beside the committed ones."""
