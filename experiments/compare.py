@@ -194,6 +194,9 @@ def start(job):
 def run_all():
     """All runs, PROCESSES at a time; one that stops begins when the run before is done. A stop lets those that run
     save, then ends the program."""
+    # Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
+    # tenth of a step (glibc's allocator)
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     jobs = [job for job in all_jobs() if not finished(*job[:2])]
     running = {}  # by the handle that tells a run's end
     try:
@@ -240,11 +243,7 @@ def main():
 
 def collect(rows):
     """Makes all runs, and writes RESULTS: the rows, and one for each run, seed and step."""
-    # Each process keeps the memory that a step frees for the next one: to hand it back and ask again took a
-    # tenth of a step (glibc's allocator)
-    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     run_all()
-
     # until it stops a run is the one before
     for name, (before, stop) in (dict.fromkeys(RUNS, (None, 0)) | stopped_runs()).items():
         for seed in SEEDS:
