@@ -35,7 +35,7 @@ LOSSES = {"plain": dict(ALIGN_STEPS=0), "features": dict(ATTENTION_WEIGHT=0), "a
           "reg": REG | dict(ALIGN_STEPS=0), "reg features": REG | dict(ATTENTION_WEIGHT=0), "reg aligned": REG}
 PATCH = 4  # of the students
 STEPS, STOP = (500, 1000, 2000), 1000
-EMOJI_STEPS, EMOJI_STOP = (1200,), 600
+EMOJI_STEPS, EMOJI_STOP = (1500, 3000), 1500
 EMOJI_STUDENT = dict(depth=4, patch_size=PATCH)  # what differs from pixels.py's SiT
 QUESTIONS = {  # pairs of runs: the first one's distance by the second one's
     "attention, with REG": [("reg aligned", "reg features"),
