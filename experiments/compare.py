@@ -251,12 +251,17 @@ def collect(rows):
                 judged_as = before if step <= stop else name
                 row = json.loads(Path(OUT, judged_as, str(seed), f"{step}.json").read_text())
                 rows.append(dict(row, run=name))
-    with open(RESULTS, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    write_rows(RESULTS, rows, COLUMNS)
+    print(f"{RESULTS}: {len(rows)} rows")
+
+
+def write_rows(path, rows, columns):
+    """A CSV file of rows, of which it has these columns."""
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
-    print(f"{RESULTS}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

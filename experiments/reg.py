@@ -90,11 +90,16 @@ def answers(results):
             print(f"| {question} | {with_it} | {without} | {draw.spread(ratios)} |")
 
 
-def fashion_mnist():
-    settings(OUT, compare.HERE / "reg.csv", STEPS, STOP)
+def run_on_clothes():
+    """compare.py's images, their class tokens, and all runs."""
     compare.prepare()
     write_class_tokens()
     compare.main()
+
+
+def fashion_mnist():
+    settings(OUT, compare.HERE / "reg.csv", STEPS, STOP)
+    run_on_clothes()
     answers(compare.RESULTS)
 
 
@@ -117,9 +122,7 @@ def emoji():
 def small():
     settings(f"{OUT}_small", f"{OUT}_small/results.csv", STEPS[:1], STOP)
     compare.SEEDS, compare.STOPPED = (0,), ()  # nothing has stopped yet
-    compare.prepare()
-    write_class_tokens()
-    compare.main()
+    run_on_clothes()
     beside(draw.read(compare.RESULTS)[0], draw.read(compare.HERE / "reg.csv")[0])
 
 

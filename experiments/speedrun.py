@@ -181,13 +181,8 @@ def write(rows):
     if RESULTS.exists():
         with open(RESULTS, newline="") as file:
             kept = [row for row in csv.DictReader(file) if (row["run"], row["seed"]) not in new]
-    rounded = [{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-               for row in rows]
-    with open(RESULTS, "w", newline="") as file:
-        lines = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(sorted(kept + rounded, key=lambda row: (list(ATTEMPTS).index(row["run"]), int(row["seed"]),
-                                                                int(row["step"]))))
+    order = lambda row: (list(ATTEMPTS).index(row["run"]), int(row["seed"]), int(row["step"]))
+    compare.write_rows(RESULTS, sorted(kept + rows, key=order), COLUMNS)
 
 
 @ends_in_one_line

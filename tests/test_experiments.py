@@ -389,11 +389,27 @@ def stopped(*names):
     ("irepa_pixels", stopped("features", "features norm"), "nothing that shows ({})."),
     ("irepa_pixels", [(aligned, features) for (aligned, _), (features, _) in
                       zip(stopped(*TO_THE_END[4:]), stopped(*TO_THE_END[:4]))], "nothing here ({} over all parts)"),
+    ("reg", [("reg aligned", "reg features")], "ends at {} of REPA's distance with REG"),
+    ("reg", [("aligned", "features")], "with REG, at {} without. Stopped"),
+    ("reg", [("reg aligned, stopped at 1000", "reg features, stopped at 1000")], "Stopped it is {} and"),
+    ("reg", [("stopped at 1000", "features, stopped at 1000")], "and {}. - *Does a stop"),
+    ("reg", stopped("reg features"), "with REG it costs REPA {%} and"),
+    ("reg", stopped("reg aligned"), "and HASTE {%}, without"),
+    ("reg", stopped("features"), "without REG {%} and"),
+    ("reg", stopped("aligned"), "and {%}. (Here"),
+    ("reg", [("reg", "plain")], "Nothing that shows: {} of plain's distance"),
+    ("reg", [("reg", "plain")], "adds nothing here, alone ({} of plain's distance)"),
+    ("reg", [("reg features", "features", 500)], "costs at first, {} of REPA's"),
+    ("reg", [("reg aligned", "aligned", 500)], "and {} of HASTE's distance after 500 steps"),
+    ("reg", [("reg features", "features")], "less at the end ({},"),
+    ("reg", [("reg aligned", "aligned")], ", {}). A reason"),
 ])
-def test_what_the_pages_say_of_irepa_is_in_the_committed_rows(results, pairs, said):
+def test_what_the_pages_say_of_irepa_and_reg_is_in_the_committed_rows(results, pairs, said):
+    """pairs: two runs, whose last distances are compared, or those at a step."""
     runs, _ = draw.read(ROOT / f"experiments/{results}.csv")
-    ratios = np.concatenate([draw.values(runs, name, irepa.STEPS) / draw.values(runs, by, irepa.STEPS)
-                             for name, by in pairs])
+    last = draw.judged_at(runs)[-1:]
+    ratios = np.concatenate([draw.values(runs, name, *step or last) / draw.values(runs, by, *step or last)
+                             for name, by, *step in pairs])
     said = said.replace("{}", f"{ratios.min():.2f} to {ratios.max():.2f}")
     said = said.replace("{%}", f"{100 * ratios.min() - 100:.0f} to {100 * ratios.max() - 100:.0f} %")
     assert said in " ".join(((ROOT / "README.md").read_text() + (ROOT / "experiments/README.md").read_text()).split())
