@@ -37,6 +37,7 @@ PATCH = 4  # of the students
 STEPS, STOP = (500, 1000, 2000), 1000
 EMOJI_STEPS, EMOJI_STOP = (1500, 3000), 1500
 EMOJI_STUDENT = dict(depth=4, patch_size=PATCH)  # what differs from pixels.py's SiT
+EMOJI_SIT = dict(MODEL="velocity", TIMES="uniform")  # which it calls so
 QUESTIONS = {  # pairs of runs: the first one's distance by the second one's
     "attention, with REG": [("reg aligned", "reg features"),
                             ("reg aligned, stopped at {}", "reg features, stopped at {}")],
@@ -103,14 +104,18 @@ def fashion_mnist():
     answers(compare.RESULTS)
 
 
+def prepare_emoji(out):
+    """The emoji in a folder, as pixels.py has them but smaller."""
+    pixels.OUT, pixels.IMAGE_SIZE, pixels.STUDENT = out, 32, pixels.STUDENT | EMOJI_STUDENT
+    Path(out).mkdir(parents=True, exist_ok=True)
+    shutil.copy(emoji_data.WEIGHTS.format("judge"), f"{out}/judge.safetensors")  # it sees 32 pixels as it is
+    pixels.prepare()
+
+
 @ends_in_one_line
 def emoji():
-    settings(f"{OUT}_emoji", compare.HERE / "reg_emoji.csv", EMOJI_STEPS, EMOJI_STOP, MODEL="velocity",
-             TIMES="uniform")
-    pixels.OUT, pixels.IMAGE_SIZE, pixels.STUDENT = compare.OUT, 32, pixels.STUDENT | EMOJI_STUDENT
-    Path(pixels.OUT).mkdir(parents=True, exist_ok=True)
-    shutil.copy(emoji_data.WEIGHTS.format("judge"), f"{pixels.OUT}/judge.safetensors")  # it sees 32 pixels as it is
-    pixels.prepare()
+    settings(f"{OUT}_emoji", compare.HERE / "reg_emoji.csv", EMOJI_STEPS, EMOJI_STOP, **EMOJI_SIT)
+    prepare_emoji(compare.OUT)
     compare.SETTINGS, compare.JUDGE = pixels.settings, pixels.judge
     compare.FILES = ("experiments.pixels", "experiments.emoji_data")
     write_class_tokens()

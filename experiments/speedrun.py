@@ -4,11 +4,13 @@ SiT pays.
     apt-get install dataset-fashion-mnist        # Debian; or see fashion_mnist_networks.py
     python -m experiments.speedrun haste         # one of ATTEMPTS, from the seeds of the report
     python -m experiments.speedrun haste 10      # from these seeds: beside the committed ones
-    python -m experiments.speedrun table         # all attempts of RESULTS
+    python -m experiments.speedrun emoji haste   # on reg.py's emoji, for which nothing was chosen
+    python -m experiments.speedrun table         # all attempts of RESULTS; emoji table
 
-An attempt is what differs from compare.py's plain SiT, as train.py's constants. Add one to ATTEMPTS and run it; it
-resumes. *Cost to quality* = (preparation + steps of phase I until the distance first falls below the target, times the
-cost of such a step + the same of phase II) / the steps of plain SiT, where costs are by that of a step of plain SiT.
+An attempt is what differs from compare.py's larger SiT, aligned to the end, as train.py's constants. Add one to
+ATTEMPTS and run it; it resumes. *Cost to quality* = (preparation + steps of phase I until the distance first falls
+below the target, times the cost of such a step + the same of phase II) / the steps of plain SiT, where costs are by
+that of a step of plain SiT.
 
 Attempts are chosen by what the search's judge says of the search's seed. The report has others of both: its judge is
 asked of no run that was chosen by. RESULTS has a row per attempt, seed and step.
@@ -22,6 +24,7 @@ import json
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +35,7 @@ import model
 import train
 from class_tokens import CHUNK
 from dataset import PreparedDataset
-from experiments import compare, draw, reg
+from experiments import compare, draw, pixels, reg
 from runtime import ends_in_one_line, run_script, write_atomically
 from teacher import teacher_for_grid
 
@@ -40,9 +43,10 @@ OUT = "out/speedrun"
 RESULTS = compare.HERE / "speedrun.csv"
 TARGET = "plain", 3000  # the attempt, and the step, whose mean distance over the seeds is to be reached
 STEPS = 2400  # of the others
-JUDGED = 8  # times in a run, evenly spaced
+JUDGED = 6  # times in a run, evenly spaced
 SEARCH, REPORT = (0,), (10, 11, 12)  # seeds
 JUDGES = {"search": "data/judge.safetensors", "report": "data/report_judge.safetensors"}
+COMMON = dict(CONFLICT_EVERY=0)  # to all runs
 PLAIN = dict(ALIGN_STEPS=0)
 ATTEMPTS = {
     "plain": dict(PLAIN, STEPS=TARGET[1]),
@@ -58,8 +62,8 @@ ATTEMPTS = {
     # how it is trained
     "logit-normal": dict(PLAIN, TIMES=(0.0, 1.0)),
     "shift": dict(PLAIN, TIME_SHIFT=2.0),
-    "rate-1.5": dict(PLAIN, LEARNING_RATE=4.5e-3, WARMUP_STEPS=100),
-    "rate-2": dict(PLAIN, LEARNING_RATE=6e-3, WARMUP_STEPS=100),
+    "rate-1.5": dict(PLAIN, RATE=1.5, WARMUP_STEPS=100),  # times the data set's own LEARNING_RATE
+    "rate-2": dict(PLAIN, RATE=2, WARMUP_STEPS=100),
     "betas": dict(PLAIN, BETAS=(0.9, 0.95)),
     "ema": dict(PLAIN, EMA_DECAY=0.995),
     "batch-16": dict(PLAIN, BATCH_SIZE=16, STEPS=2 * STEPS),
@@ -72,7 +76,10 @@ COLUMNS = ("run", "seed", "step", "distance", "search_distance", "denoising_loss
 
 def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
-    compare.settings(folder, seed, dict(CONFLICT_EVERY=0) | changes)
+    changes = COMMON | changes
+    rate = changes.pop("RATE", 1)
+    OWN_SETTINGS(folder, seed, changes)
+    train.LEARNING_RATE *= rate
 
 
 def judge(samples, out):
@@ -84,6 +91,17 @@ def judge(samples, out):
         fid.FEATURES, fid.OUT = JUDGES[name], f"{out}-{name}.json"
         found[name] = fid.main()["frechet_distance"]
     return dict(search_distance=found["search"], distance=found.get("report", ""))
+
+
+OWN_SETTINGS, JUDGE, PREPARE = compare.settings, judge, compare.prepare
+
+
+def take_emoji():
+    """Sets the constants for emoji: nothing was chosen on them, so they have one judge and the report's seeds alone."""
+    global OUT, RESULTS, SEARCH, COMMON, OWN_SETTINGS, JUDGE, PREPARE
+    OUT, RESULTS, SEARCH = f"{OUT}_emoji", RESULTS.with_stem(f"{RESULTS.stem}_emoji"), ()
+    COMMON = COMMON | reg.EMOJI_SIT
+    OWN_SETTINGS, JUDGE, PREPARE = pixels.settings, pixels.judge, partial(reg.prepare_emoji, OUT)
 
 
 def costs(changes):
@@ -131,12 +149,17 @@ def cost_to_quality(rows, stop, target, column):
     return (preparation + aligned * phase_1 + (first - aligned) * phase_2) / TARGET[1]
 
 
-def report(runs, name, seeds, column):
-    """(cost to quality, distance at the end) of an attempt from some seeds, in words."""
+def costs_to_quality(runs, name, seeds, column):
+    """An attempt's cost to quality from each of some seeds; None where it is not reached."""
     plain, step = TARGET
     target = np.mean([float(runs[plain][seed][step][column]) for seed in (SEARCH if seeds[0] in SEARCH else REPORT)])
     stop = ATTEMPTS[name].get("ALIGN_STEPS", np.inf)
-    found = [cost_to_quality(runs[name][seed], stop, target, column) for seed in seeds]
+    return [cost_to_quality(runs[name][seed], stop, target, column) for seed in seeds]
+
+
+def report(runs, name, seeds, column):
+    """(cost to quality, distance at the end) of an attempt from some seeds, in words."""
+    found = costs_to_quality(runs, name, seeds, column)
     missed = found.count(None)
     said = f"not reached in {missed} of {len(seeds)} seeds" if missed else draw.spread(np.array(found))
     last = max(runs[name][seeds[0]])
@@ -146,12 +169,33 @@ def report(runs, name, seeds, column):
 def table():
     """Markdown: the attempts, as the report has them and as the search had."""
     runs, _ = draw.read(RESULTS)
-    print("| attempt | cost to quality | by the search's judge | the search's seeds | distance at the end |")
-    print("|---|---|---|---|---|")
+    judged = {"cost to quality": (REPORT, "distance")}
+    if SEARCH:
+        judged |= {"by the search's judge": (REPORT, "search_distance"),
+                   "from the search's seed": (SEARCH, "search_distance")}
+    print(f"| attempt | {' | '.join(judged)} | distance at the end |")
+    print("|---|" + "---|" * (len(judged) + 1))
     for name in runs:
-        cells = [report(runs, name, seeds, column) if set(seeds) <= set(runs[name]) else ("", "")
-                 for seeds, column in ((REPORT, "distance"), (REPORT, "search_distance"), (SEARCH, "search_distance"))]
+        cells = [report(runs, name, *which) if set(which[0]) <= set(runs[name]) else ("", "")
+                 for which in judged.values()]
         print(f"| {name} | {' | '.join(cost for cost, _ in cells)} | {cells[0][1]} |")
+
+
+def draw_attempts(file):
+    """A row for each attempt: what it pays, a point per seed, by the judge that counts for it."""
+    runs, _ = draw.read(RESULTS)
+    figure, axes = draw.canvas(6, 0.25 * len(runs) + 1)
+    marks = {REPORT: ("distance", "o", "black", "the report's seeds"),
+             SEARCH: ("search_distance", "x", "C1", "the search's seed")}
+    for seeds, (column, marker, color, label) in marks.items():
+        points = [(cost, row) for row, name in enumerate(runs) if set(seeds) <= set(runs[name])
+                  for cost in costs_to_quality(runs, name, seeds, column) if cost]
+        axes.plot(*np.transpose(points), marker, color=color, alpha=0.8, label=label)
+    axes.axvline(1, color="grey")
+    axes.set_yticks(range(len(runs)), runs)
+    axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="cost to quality, by plain SiT's")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.savefig(file, dpi=150)
 
 
 def run_attempt(name, seeds):
@@ -160,8 +204,10 @@ def run_attempt(name, seeds):
     end = changes.pop("STEPS", STEPS)
     compare.OUT, compare.RUNS, compare.SEEDS = OUT, {name: changes}, seeds
     compare.STEPS, compare.STOPPED = tuple(end * (i + 1) // JUDGED for i in range(JUDGED)), ()
-    compare.SETTINGS, compare.JUDGE, compare.FILES = settings, judge, (__name__,)
-    compare.prepare()
+    compare.SETTINGS, compare.JUDGE = settings, JUDGE
+    compare.FILES = __name__, "experiments.pixels", "experiments.emoji_data"
+    compare.PROCESSES = min(compare.PROCESSES, len(seeds))
+    PREPARE()
     if "CLASS_WEIGHT" in changes:
         reg.write_class_tokens()
     compare.run_all()
@@ -188,7 +234,11 @@ def write(rows):
 @ends_in_one_line
 def main():
     started = time.time()
-    name, *seeds = sys.argv[1:] or [""]
+    words, data = sys.argv[1:], []
+    if words[:1] == ["emoji"]:
+        data = [words.pop(0)]
+        take_emoji()
+    name, *seeds = words or [""]
     if name not in (*ATTEMPTS, "table") or not all(seed.isdecimal() for seed in seeds):
         raise ValueError(f"say which attempt, and from which seeds if not {REPORT}: {', '.join(ATTEMPTS)}; or table")
     if name == "table":
@@ -197,8 +247,9 @@ def main():
     counted, column = (SEARCH, "search_distance") if seeds[0] in SEARCH else (REPORT, "distance")
     runs = draw.read(RESULTS)[0] if RESULTS.exists() else {}
     if (name, seeds) != (TARGET[0], counted) and not set(counted) <= set(runs.get(TARGET[0], ())):
+        first = " ".join(map(str, [*data, TARGET[0], *counted]))
         raise ValueError(f"{RESULTS} has no rows of {TARGET[0]} from the seeds {counted}, and they are the target; run "
-                         f"that first: python -m experiments.speedrun {TARGET[0]} {' '.join(map(str, counted))}")
+                         f"that first: python -m experiments.speedrun {first}")
     rows = run_attempt(name, seeds)
     if seeds == counted:
         write(rows)

@@ -4,9 +4,11 @@ import csv
 import sys
 
 import pytest
+from PIL import Image
 
 import model
-from experiments import compare, speedrun
+import train
+from experiments import compare, pixels, speedrun
 from tests.conftest import ROOT, set_constants
 
 ATTEMPTS = {"plain": dict(ALIGN_STEPS=0), "haste": dict(ALIGN_STEPS=100), "never": {}}
@@ -48,6 +50,36 @@ def test_rows_take_the_place_of_those_of_the_same_seeds_alone(results):
         rows = [(row["run"], row["seed"], row["step"], row["distance"]) for row in csv.DictReader(file)]
     assert rows == [("plain", "10", "100", "7"), ("haste", "0", "100", ""), ("haste", "10", "50", "4"),
                     ("haste", "10", "100", "3")]
+
+
+def test_emoji_have_one_judge_and_rows_of_their_own(results, monkeypatch, capsys):
+    set_constants(monkeypatch, speedrun, OUT="out", COMMON=speedrun.COMMON, OWN_SETTINGS=None, JUDGE=None, PREPARE=None)
+    path = results({"plain": {0: {200: 16, 400: 4}}})
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "emoji", "haste"])
+    monkeypatch.setattr(speedrun, "run_attempt", None)
+    with pytest.raises(ValueError, match=r"speedrun_emoji.csv has no rows.*speedrun emoji plain 10 11"):
+        speedrun.main()
+    assert speedrun.JUDGE is pixels.judge and speedrun.COMMON["MODEL"] == "velocity"
+    results({"plain": {seed: {200: 16, 400: 3} for seed in (10, 11)}}, phase_1=1, phase_2=1, preparation=0)
+    speedrun.table()
+    assert capsys.readouterr().out.splitlines() == [
+        "| attempt | cost to quality | distance at the end |", "|---|---|---|",
+        "| plain | 1.00 (1.00 to 1.00) | 3.00 (3.00 to 3.00) |"]
+    assert path.read_bytes() == before
+
+
+def test_a_rate_is_by_the_data_sets_own(restored, monkeypatch, tmp_path):
+    monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
+    speedrun.settings(tmp_path, 3, dict(RATE=2, WARMUP_STEPS=100))
+    assert (train.LEARNING_RATE, train.WARMUP_STEPS, train.SEED) == (6e-3, 100, 3)
+
+
+def test_the_figure_is_drawn_of_the_rows(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws with it")
+    results({"plain": {seed: {200: 16, 400: 4} for seed in (0, 10, 11)}, "haste": {0: {50: 16, 200: 3}}})
+    speedrun.draw_attempts(tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").width > 500
 
 
 @pytest.mark.parametrize("words", [(), ("fast",), ("haste", "ten"), ("haste", "-1")])
