@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 import fid
 import model
@@ -69,7 +70,11 @@ ATTEMPTS = {
     "batch-16": dict(PLAIN, BATCH_SIZE=16, STEPS=2 * STEPS),
     "batch-64": dict(PLAIN, BATCH_SIZE=64, STEPS=STEPS // 2),
 }
-ROUNDS, ROUND = 6, 20  # costs are medians of so many rounds, each of so many steps of plain SiT and of each phase
+# Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Constants that change
+# nothing of what a step computes cost nothing; those that say how to align, nothing in phase II
+ROUNDS, ROUND = 6, 30
+FREE = "ALIGN_STEPS", "RATE", "WARMUP_STEPS", "BETAS", "EMA_DECAY", "TIMES", "TIME_SHIFT"
+ALIGNING = "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM", "ALIGN_DEPTH", "LAYER_PAIRS"
 COLUMNS = ("run", "seed", "step", "distance", "search_distance", "denoising_loss", "phase_1", "phase_2",
            "preparation")
 
@@ -105,27 +110,43 @@ def take_emoji():
 
 
 def costs(changes):
-    """What a step of an attempt costs in phase_1 and phase_2, and its preparation, all by a step of plain SiT: medians
-    of ROUNDS, measured in turn in this process."""
-    if changes == PLAIN:
-        return dict(phase_1=1, phase_2=1, preparation=0)
-    kinds = {"plain": PLAIN, "phase_1": dict(changes, ALIGN_STEPS=10**6), "phase_2": dict(changes, ALIGN_STEPS=0)}
-    if changes.get("ALIGN_STEPS") == 0:
-        del kinds["phase_1"]
-    times = {kind: [] for kind in (*kinds, "preparation")}
+    """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
+    ROUNDS, in which they are measured in turn. CPU seconds of one thread, so that waiting for a core counts nothing."""
+    kinds = {"plain": PLAIN}
+    if "ALIGN_STEPS" not in changes or changes["ALIGN_STEPS"]:
+        kinds["phase_1"] = {name: value for name, value in changes.items() if name not in FREE}
+    in_both = {name: value for name, value in changes.items() if name not in FREE + ALIGNING}
+    if in_both:
+        kinds["phase_2"] = PLAIN | in_both
+    found = dict(phase_2=1, preparation=0)
+    if len(kinds) == 1:
+        return found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     usual = {name: value for name, value in vars(train).items() if name.isupper()}
+    seconds = {kind: [] for kind in kinds}
     with TemporaryDirectory() as runs, open(Path(OUT, "costs.txt"), "w") as output:
-        for step in range(ROUND, ROUND * ROUNDS + 1, ROUND):
-            for kind, constants in kinds.items():
-                with redirect_stdout(output), redirect_stderr(output):
+        with redirect_stdout(output), redirect_stderr(output):
+            for start in range(0, ROUNDS * (ROUND + 1), ROUND + 1):
+                for kind, constants in kinds.items():
                     vars(train).update(usual)  # of what the kind before has changed
-                    settings(Path(runs, kind), 0, dict(constants, STEPS=step, LOG_EVERY=ROUND // 2))
-                    train.main()
-                with open(Path(runs, kind, "log.csv"), newline="") as file:
-                    times[kind].append(float(list(csv.DictReader(file))[-1]["step_ms"]) / 1000)
-            times["preparation"].append(seconds_for_class_tokens() if "CLASS_WEIGHT" in changes else 0)
-    plain = np.array(times.pop("plain"))
-    return {kind: float(np.median(np.array(each) / plain)) for kind, each in times.items()}
+                    to_start = cpu_seconds(Path(runs, kind), constants, start + 1)
+                    seconds[kind].append((cpu_seconds(Path(runs, kind), constants, start + 1 + ROUND) - to_start)
+                                         / (ROUND - 1))
+    plain = np.array(seconds.pop("plain"))
+    found |= {kind: float(np.median(each / plain)) for kind, each in seconds.items()}
+    if "CLASS_WEIGHT" in changes:
+        found["preparation"] = seconds_for_class_tokens() / np.median(plain)
+    torch.set_num_threads(threads)
+    return found
+
+
+def cpu_seconds(folder, changes, step):
+    """That a run takes from where it is to a step, its start included."""
+    settings(folder, 0, dict(changes, STEPS=step))
+    started = time.process_time()
+    train.main()
+    return time.process_time() - started
 
 
 def seconds_for_class_tokens():
@@ -133,10 +154,10 @@ def seconds_for_class_tokens():
     data = PreparedDataset(train.DATA_DIR)
     teacher = teacher_for_grid(train.TEACHER, [], data.shape[1] // model.MODELS[train.MODEL]["patch_size"])
     images = data.images(range(10 * CHUNK))
-    started = time.perf_counter()
+    started = time.process_time()
     for some in images.split(CHUNK):
         teacher.class_token(some)
-    return (time.perf_counter() - started) * len(data) / len(images)
+    return (time.process_time() - started) * len(data) / len(images)
 
 
 def cost_to_quality(rows, stop, target, column):
@@ -211,13 +232,21 @@ def run_attempt(name, seeds):
     if "CLASS_WEIGHT" in changes:
         reg.write_class_tokens()
     compare.run_all()
-    measured = Path(OUT, name, "costs.json")
-    if not measured.exists():
-        found = costs(changes)
-        write_atomically(measured, lambda path: path.write_text(json.dumps(found)))
-    found = json.loads(measured.read_text())
+    found = costs_once(changes)
     return [json.loads(Path(OUT, name, str(seed), f"{step}.json").read_text()) | found
             for seed in seeds for step in compare.STEPS]
+
+
+def costs_once(changes):
+    """costs(), measured once for all attempts that differ in FREE alone."""
+    path = Path(OUT, "costs.json")
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    aligned = "" if changes.get("ALIGN_STEPS") == 0 else "aligned"
+    what = str([aligned, *sorted(item for item in changes.items() if item[0] not in FREE)])
+    if what not in measured:
+        measured[what] = costs(changes)
+        write_atomically(path, lambda path: path.write_text(json.dumps(measured, indent=1)))
+    return measured[what]
 
 
 def write(rows):

@@ -75,6 +75,11 @@ def test_a_rate_is_by_the_data_sets_own(restored, monkeypatch, tmp_path):
     assert (train.LEARNING_RATE, train.WARMUP_STEPS, train.SEED) == (6e-3, 100, 3)
 
 
+@pytest.mark.parametrize("changes", [dict(RATE=2, WARMUP_STEPS=100), dict(TIMES=(0.0, 1.0), BETAS=(0.9, 0.95)), {}])
+def test_what_changes_no_step_costs_nothing(changes):
+    assert speedrun.costs(speedrun.PLAIN | changes) == dict(phase_2=1, preparation=0)
+
+
 def test_the_figure_is_drawn_of_the_rows(results, tmp_path):
     pytest.importorskip("matplotlib", reason="draws with it")
     results({"plain": {seed: {200: 16, 400: 4} for seed in (0, 10, 11)}, "haste": {0: {50: 16, 200: 3}}})
@@ -106,7 +111,7 @@ def test_an_attempt_in_short(restored, monkeypatch, tmp_path, capsys):
                   STUDENT=dict(depth=4), SEEDS=None, STEPS=None, OUT=None, RUNS=None, STOPPED=None, SETTINGS=None,
                   JUDGE=None, FILES=None)
     set_constants(monkeypatch, speedrun, OUT=str(tmp_path / "out"), RESULTS=tmp_path / "speedrun.csv",
-                  ROUNDS=2, ROUND=2, STEPS=4, TARGET=("plain", 4), JUDGED=2,
+                  ROUNDS=2, ROUND=12, STEPS=4, TARGET=("plain", 4), JUDGED=2,
                   ATTEMPTS={"plain": dict(ALIGN_STEPS=0, STEPS=4), "reg": dict(CLASS_WEIGHT=0.03, ALIGN_STEPS=2)},
                   JUDGES=dict(speedrun.JUDGES, report=str(ROOT / "data/teacher.safetensors")))
     for words in (["plain"], ["plain", "0"], ["reg", "0"], ["reg", "12"]):
@@ -118,6 +123,8 @@ def test_an_attempt_in_short(restored, monkeypatch, tmp_path, capsys):
     assert [(row["run"], row["seed"], row["step"], bool(row["distance"])) for row in rows] == [
         *(("plain", seed, step, seed != "0") for seed in ("0", "10", "11", "12") for step in "24"),
         *(("reg", "0", step, False) for step in "24")]
-    assert all(float(row["phase_1"] or 1) > 0.1 and float(row["phase_2"]) > 0.1 for row in rows)
-    assert {float(row["preparation"]) > 0 for row in rows if row["run"] == "reg"} == {True}
+    assert {(row["phase_1"], row["phase_2"], row["preparation"]) for row in rows if row["run"] == "plain"} == {
+        ("", "1", "0")}
+    paid, = {tuple(float(row[name]) for name in speedrun.COLUMNS[-3:]) for row in rows if row["run"] == "reg"}
+    assert paid[0] > paid[1] > 0.5 and paid[2] > 0
     assert said.count("\ncost to quality: ") == said.count("\nelapsed: ") == 4
