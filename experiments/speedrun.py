@@ -5,7 +5,7 @@ SiT pays.
     python -m experiments.speedrun haste         # one of ATTEMPTS, from the seeds of the report
     python -m experiments.speedrun haste 10      # from these seeds: beside the committed ones
     python -m experiments.speedrun emoji haste   # on reg.py's emoji, for which nothing was chosen
-    python -m experiments.speedrun table         # all attempts of RESULTS; emoji table
+    python -m experiments.speedrun table         # all attempts of RESULTS, and the figure (matplotlib); emoji table
 
 An attempt is what differs from compare.py's larger SiT, aligned to the end, as train.py's constants. Add one to
 ATTEMPTS and run it; it resumes. *Cost to quality* = (preparation + steps of phase I until the distance first falls
@@ -206,12 +206,13 @@ def draw_attempts(file):
     """A row for each attempt: what it pays, a point per seed, by the judge that counts for it."""
     runs, _ = draw.read(RESULTS)
     figure, axes = draw.canvas(6, 0.25 * len(runs) + 1)
-    marks = {REPORT: ("distance", "o", "black", "the report's seeds"),
-             SEARCH: ("search_distance", "x", "C1", "the search's seed")}
-    for seeds, (column, marker, color, label) in marks.items():
-        points = [(cost, row) for row, name in enumerate(runs) if set(seeds) <= set(runs[name])
+    marks = {"the report's seeds": (REPORT, "distance", "o", "black"),
+             "the search's seed": (SEARCH, "search_distance", "x", "C1")}
+    for label, (seeds, column, marker, color) in marks.items():
+        points = [(cost, row) for row, name in enumerate(runs) if seeds and set(seeds) <= set(runs[name])
                   for cost in costs_to_quality(runs, name, seeds, column) if cost]
-        axes.plot(*np.transpose(points), marker, color=color, alpha=0.8, label=label)
+        if points:
+            axes.plot(*np.transpose(points), marker, color=color, alpha=0.8, label=label)
     axes.axvline(1, color="grey")
     axes.set_yticks(range(len(runs)), runs)
     axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="cost to quality, by plain SiT's")
@@ -271,7 +272,8 @@ def main():
     if name not in (*ATTEMPTS, "table") or not all(seed.isdecimal() for seed in seeds):
         raise ValueError(f"say which attempt, and from which seeds if not {REPORT}: {', '.join(ATTEMPTS)}; or table")
     if name == "table":
-        return table()
+        table()
+        return draw_attempts(f"data/{RESULTS.stem}.png")
     seeds = tuple(map(int, seeds)) or REPORT
     counted, column = (SEARCH, "search_distance") if seeds[0] in SEARCH else (REPORT, "distance")
     runs = draw.read(RESULTS)[0] if RESULTS.exists() else {}

@@ -355,9 +355,9 @@ PAGES = "README.md", "experiments/README.md"
 TO_THE_END = [loss + part for loss in irepa.LOSSES for part in irepa.PARTS]
 
 
-def stopped(*names):
+def stopped(*names, at=1000):
     """The same runs stopped, each beside the one that is not."""
-    return [(f"{name}, stopped at 1000".removeprefix("aligned, "), name) for name in names]
+    return [(f"{name}, stopped at {at}".removeprefix("aligned, "), name) for name in names]
 
 
 @pytest.mark.parametrize("results, pairs, said", [
@@ -403,6 +403,18 @@ def stopped(*names):
     ("reg", [("reg aligned", "aligned", 500)], "and {} of HASTE's distance after 500 steps"),
     ("reg", [("reg features", "features")], "less at the end ({},"),
     ("reg", [("reg aligned", "aligned")], ", {}). A reason"),
+    ("reg_emoji", [("reg aligned", "reg features")], "ends at {} of REPA's distance with REG and at"),
+    ("reg_emoji", [("aligned", "features")], "with REG and at {} without."),
+    ("reg_emoji", [("reg aligned, stopped at 1500", "reg features, stopped at 1500")], "Stopped it is {} there"),
+    ("reg_emoji", [("stopped at 1500", "features, stopped at 1500")], "there and {} here."),
+    ("reg_emoji", stopped("reg features", at=1500), "at {} of never stopping for REPA,"),
+    ("reg_emoji", stopped("reg aligned", at=1500), "for REPA, {} for HASTE."),
+    ("reg_emoji", stopped("aligned", at=1500), "helps HASTE a little ({}) and REPA"),
+    ("reg_emoji", stopped("features", at=1500), "and REPA not ({})."),
+    ("reg_emoji", [("reg", "plain")], "Nothing at the end, {} of plain's distance"),
+    ("reg_emoji", [("reg", "plain", 1500)], "slower start ({} after 1,500 steps)."),
+    ("reg_emoji", [("reg features", "features")], "costs REPA something ({}) and HASTE"),
+    ("reg_emoji", [("reg aligned", "aligned")], "in two of three seeds ({})."),
 ])
 def test_what_the_pages_say_of_irepa_and_reg_is_in_the_committed_rows(results, pairs, said):
     """pairs: two runs, whose last distances are compared, or those at a step."""

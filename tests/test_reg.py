@@ -532,7 +532,8 @@ def test_the_answers_about_reg_are_those_that_the_distances_were_made_of(restore
     assert {name for row in said for name in row[1:3]} == set(names)
 
 
-def test_the_pages_show_the_answers_about_reg(capsys):
-    reg.answers(draw.HERE / "reg.csv")
+@pytest.mark.parametrize("results", ["reg", "reg_emoji"])
+def test_the_pages_show_the_answers_about_reg(results, capsys):
+    reg.answers(draw.HERE / f"{results}.csv")
     page = (ROOT / "experiments/README.md").read_text()
     assert [line for line in capsys.readouterr().out.splitlines() if line not in page] == []

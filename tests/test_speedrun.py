@@ -80,9 +80,11 @@ def test_what_changes_no_step_costs_nothing(changes):
     assert speedrun.costs(speedrun.PLAIN | changes) == dict(phase_2=1, preparation=0)
 
 
-def test_the_figure_is_drawn_of_the_rows(results, tmp_path):
+@pytest.mark.parametrize("search", [(0,), ()])
+def test_the_figure_is_drawn_of_the_rows(results, monkeypatch, tmp_path, search):
+    monkeypatch.setattr(speedrun, "SEARCH", search)
     pytest.importorskip("matplotlib", reason="draws with it")
-    results({"plain": {seed: {200: 16, 400: 4} for seed in (0, 10, 11)}, "haste": {0: {50: 16, 200: 3}}})
+    results({"plain": {seed: {200: 16, 400: 4} for seed in (*search, 10, 11)}, "haste": {10: {50: 16, 200: 3}}})
     speedrun.draw_attempts(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 500
 
