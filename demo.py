@@ -34,14 +34,14 @@ def settings():
     train.DATA_DIR, train.RUN_DIR, train.WORKERS = f"{OUT}/data", f"{OUT}/run", 0
     train.MODEL, train.TEACHER = "SiT-T/4", str(HERE / "teacher.safetensors")
     train.LAYER_PAIRS, train.ALIGN_DEPTH = [(1, 2), (2, 3)], 3
-    train.ALIGN_STEPS, train.STEPS, train.BATCH_SIZE = 450, 1200, 32
+    train.ALIGN_STEPS, train.STEPS, train.BATCH_SIZE, train.TIMES = 750, 1100, 32, (0.0, 1.0)
     train.LEARNING_RATE, train.EMA_DECAY, train.COMPILE = 3e-3, 0.99, False
     train.LOG_EVERY, train.CHECKPOINT_EVERY, train.PREVIEW_EVERY = 50, 400, 600
     train.PREVIEW_GRID, train.PREVIEW_STEPS = (10, 4), 20
-    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 200, 200, 64
+    train.CONFLICT_FROM, train.CONFLICT_EVERY, train.CONFLICT_IMAGES = 400, 400, 64
 
     sample.RUN_DIR, sample.OUT, sample.NUM_SAMPLES, sample.BATCH_SIZE = f"{OUT}/run", OUT, 1000, 100
-    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, 1.5, (0.3, 0.7)
+    sample.MODE, sample.STEPS, sample.CFG_SCALE, sample.GUIDANCE = "ode", 20, 2.5, (0.3, 0.7)
     sample.CLASS_SAMPLING, sample.COMPILE = "balanced", False
 
     fid.SAMPLES, fid.REFERENCE, fid.OUT = f"{OUT}/samples.npz", f"{OUT}/data", f"{OUT}/distance_samples.json"

@@ -70,8 +70,8 @@ ATTEMPTS = {
     "batch-16": dict(PLAIN, BATCH_SIZE=16, STEPS=2 * STEPS),
     "batch-64": dict(PLAIN, BATCH_SIZE=64, STEPS=STEPS // 2),
 }
-# Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Constants that change
-# nothing of what a step computes cost nothing; those that say how to align, nothing in phase II
+# Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Where constants change
+# nothing of what a step computes it costs what plain SiT's does; those that say how to align change none of phase II
 ROUNDS, ROUND = 6, 30
 FREE = "ALIGN_STEPS", "RATE", "WARMUP_STEPS", "BETAS", "EMA_DECAY", "TIMES", "TIME_SHIFT"
 ALIGNING = "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM", "ALIGN_DEPTH", "LAYER_PAIRS"

@@ -20,7 +20,20 @@ import model
 import prepare_latents
 import sample
 import train
-from experiments import attention, compare, compare_small, draw, imagenet512, irepa, jit, late, minimal, release, vavae
+from experiments import (
+    attention,
+    compare,
+    compare_small,
+    draw,
+    imagenet512,
+    irepa,
+    jit,
+    late,
+    minimal,
+    release,
+    speedrun,
+    vavae,
+)
 from tests.conftest import ROOT, read_log, set_constants, small_constants
 
 MODULES = [path.relative_to(ROOT) for path in (*sorted((ROOT / "experiments").glob("*.py")), ROOT / "tests/bench.py",
@@ -101,7 +114,7 @@ def test_the_loop_on_one_screen_is_train_mains(restored, monkeypatch, tmp_path):
     demo.settings()
     prepare_latents.main()
     settings = dict(STEPS=20, ALIGN_STEPS=12)
-    set_constants(monkeypatch, train, LOG_EVERY=1, PREVIEW_EVERY=0, CONFLICT_EVERY=0, **settings)
+    set_constants(monkeypatch, train, TIMES="uniform", LOG_EVERY=1, PREVIEW_EVERY=0, CONFLICT_EVERY=0, **settings)
     train.main()
     # weights and draws as train.main's; its pixels are rounded as earlier versions stored them
     set_constants(monkeypatch, minimal, SEED=sample.seed_from(train.SEED, 3), **settings)
@@ -315,9 +328,13 @@ def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
 
 
 @pytest.mark.parametrize("results", sorted((ROOT / "experiments").glob("*.csv")), ids=lambda path: path.stem)
-def test_the_readme_here_shows_the_committed_rows(results, capsys):
+def test_the_readme_here_shows_the_committed_rows(results, monkeypatch, capsys):
     if results.stem == "release":
         release.tables()
+    elif results.stem.startswith("speedrun"):
+        searched = () if "emoji" in results.stem else speedrun.SEARCH
+        set_constants(monkeypatch, speedrun, RESULTS=results, SEARCH=searched)
+        speedrun.table()
     elif results.stem == "attention":
         draw.attention_table(draw.read(results)[0])
     elif results.stem == "loss_by_time":
