@@ -113,7 +113,7 @@ def costs(changes):
     """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
     ROUNDS, in which they are measured in turn. CPU seconds of one thread, so that waiting for a core counts nothing."""
     kinds = {"plain": PLAIN}
-    if "ALIGN_STEPS" not in changes or changes["ALIGN_STEPS"]:
+    if changes.get("ALIGN_STEPS") != 0:
         kinds["phase_1"] = {name: value for name, value in changes.items() if name not in FREE}
     in_both = {name: value for name, value in changes.items() if name not in FREE + ALIGNING}
     if in_both:
