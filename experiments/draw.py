@@ -63,7 +63,8 @@ def judged_at(runs):
 
 
 def spread(numbers, digits=2):
-    return f"{numbers.mean():.{digits}f} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
+    said = f"{numbers.mean():.{digits}f}"
+    return said if len(numbers) == 1 else f"{said} ({numbers.min():.{digits}f} to {numbers.max():.{digits}f})"
 
 
 def first_below(rows, wanted, column="distance"):

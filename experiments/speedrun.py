@@ -69,6 +69,9 @@ ATTEMPTS = {
     "ema": dict(PLAIN, EMA_DECAY=0.995),
     "batch-16": dict(PLAIN, BATCH_SIZE=16, STEPS=2 * STEPS),
     "batch-64": dict(PLAIN, BATCH_SIZE=64, STEPS=STEPS // 2),
+    # what these suggest together
+    "haste+logit-normal": dict(ALIGN_STEPS=STEPS // 2, TIMES=(0.0, 1.0)),
+    "haste-third+logit-normal": dict(ALIGN_STEPS=STEPS // 3, TIMES=(0.0, 1.0)),
 }
 # Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Where constants change
 # nothing of what a step computes it costs what plain SiT's does; those that say how to align change none of phase II
@@ -182,7 +185,10 @@ def report(runs, name, seeds, column):
     """(cost to quality, distance at the end) of an attempt from some seeds, in words."""
     found = costs_to_quality(runs, name, seeds, column)
     missed = found.count(None)
-    said = f"not reached in {missed} of {len(seeds)} seeds" if missed else draw.spread(np.array(found))
+    if missed:
+        said = "not reached" if missed == len(seeds) else f"not reached in {missed} of {len(seeds)} seeds"
+    else:
+        said = draw.spread(np.array(found))
     last = max(runs[name][seeds[0]])
     return said, draw.spread(np.array([float(runs[name][seed][last][column]) for seed in seeds]))
 
@@ -190,16 +196,17 @@ def report(runs, name, seeds, column):
 def table():
     """Markdown: the attempts, as the report has them and as the search had."""
     runs, _ = draw.read(RESULTS)
-    judged = {"cost to quality": (REPORT, "distance")}
+    columns = {"cost to quality": (0, REPORT, "distance"), "distance at the end": (1, REPORT, "distance")}
     if SEARCH:
-        judged |= {"by the search's judge": (REPORT, "search_distance"),
-                   "from the search's seed": (SEARCH, "search_distance")}
-    print(f"| attempt | {' | '.join(judged)} | distance at the end |")
-    print("|---|" + "---|" * (len(judged) + 1))
+        columns |= {"cost by the search's judge": (0, REPORT, "search_distance"),
+                    "cost in the search": (0, SEARCH, "search_distance"),
+                    "there at the end": (1, SEARCH, "search_distance")}
+    print(f"| attempt | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
     for name in runs:
-        cells = [report(runs, name, *which) if set(which[0]) <= set(runs[name]) else ("", "")
-                 for which in judged.values()]
-        print(f"| {name} | {' | '.join(cost for cost, _ in cells)} | {cells[0][1]} |")
+        cells = [report(runs, name, seeds, column)[which] if set(seeds) <= set(runs[name]) else ""
+                 for which, seeds, column in columns.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def draw_attempts(file):
