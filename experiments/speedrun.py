@@ -174,8 +174,11 @@ def cost_to_quality(rows, stop, target, column):
 
 
 def costs_to_quality(runs, name, seeds, column):
-    """An attempt's cost to quality from each of some seeds; None where it is not reached."""
+    """An attempt's cost to quality from each of some seeds; None where it is not reached. Of plain SiT, whose mean is
+    the target, it is 1, though seeds lie on either side."""
     plain, step = TARGET
+    if name == plain:
+        return [1.0] * len(seeds)
     target = np.mean([float(runs[plain][seed][step][column]) for seed in (SEARCH if seeds[0] in SEARCH else REPORT)])
     stop = ATTEMPTS[name].get("ALIGN_STEPS", np.inf)
     return [cost_to_quality(runs[name][seed], stop, target, column) for seed in seeds]

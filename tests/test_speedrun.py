@@ -40,7 +40,7 @@ def test_cost_to_quality_is_what_was_paid_until_the_target(results, capsys):
     assert haste == (f"| haste | {(first + 0.55) / 2:.2f} (0.55 to {first:.2f}) | 2.00 (2.00 to 2.00) | "
                      f"{(first + 0.55) / 2:.2f} (0.55 to {first:.2f}) | {270 / 400:.2f} | 0.40 |")
     assert never == "| never | not reached in 1 of 2 seeds | 2.50 (1.00 to 4.01) | not reached in 1 of 2 seeds |  |  |"
-    assert plain.startswith("| plain | not reached in 1 of 2 seeds |")
+    assert plain == "| plain | 1.00 (1.00 to 1.00) | 4.00 (3.00 to 5.00) | 1.00 (1.00 to 1.00) | 1.00 | 0.40 |"
 
 
 def test_rows_take_the_place_of_those_of_the_same_seeds_alone(results):
