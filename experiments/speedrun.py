@@ -220,9 +220,12 @@ def draw_attempts(file):
              "the search's seed": (SEARCH, "search_distance", "x", "C1")}
     for label, (seeds, column, marker, color) in marks.items():
         points = [(cost, row) for row, name in enumerate(runs) if seeds and set(seeds) <= set(runs[name])
-                  for cost in costs_to_quality(runs, name, seeds, column) if cost]
-        if points:
-            axes.plot(*np.transpose(points), marker, color=color, alpha=0.8, label=label)
+                  for cost in costs_to_quality(runs, name, seeds, column)]
+        for row in {row for cost, row in points if cost is None}:
+            axes.text(0.99, row, "not reached", color=color, ha="right", va="center", fontsize=8)
+        reached = [point for point in points if point[0] is not None]
+        if reached:
+            axes.plot(*np.transpose(reached), marker, color=color, alpha=0.8, label=label)
     axes.axvline(1, color="grey")
     axes.set_yticks(range(len(runs)), runs)
     axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="cost to quality, by plain SiT's")

@@ -8,7 +8,7 @@ from PIL import Image
 
 import model
 import train
-from experiments import compare, pixels, speedrun
+from experiments import compare, draw, pixels, speedrun
 from tests.conftest import ROOT, set_constants
 
 ATTEMPTS = {"plain": dict(ALIGN_STEPS=0), "haste": dict(ALIGN_STEPS=100), "never": {}}
@@ -87,6 +87,33 @@ def test_the_figure_is_drawn_of_the_rows(results, monkeypatch, tmp_path, search)
     results({"plain": {seed: {200: 16, 400: 4} for seed in (*search, 10, 11)}, "haste": {10: {50: 16, 200: 3}}})
     speedrun.draw_attempts(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 500
+
+
+def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
+    runs, _ = draw.read(speedrun.RESULTS)
+    page = " ".join((ROOT / "experiments/README.md").read_text().split())
+    ends = lambda name, seed, column: float(runs[name][seed][max(runs[name][seed])][column])
+    several = lambda numbers: f"{min(numbers):.2f} to {max(numbers):.2f}"
+    searched = {name: speedrun.costs_to_quality(runs, name, (0,), "search_distance")[0] for name in runs}
+    best = "haste+logit-normal"
+    found = several(speedrun.costs_to_quality(runs, best, speedrun.REPORT, "distance"))
+    by_the_other = several(speedrun.costs_to_quality(runs, best, speedrun.REPORT, "search_distance"))
+    last = several([ends(best, seed, "distance") / ends("plain", seed, "distance") for seed in speedrun.REPORT])
+    assert f"together {found} of plain's cost, and after 2,400 steps {last} of the distance" in page
+    assert f"HASTE alone costs {searched['haste']:.2f}, both {searched[best]:.2f};" in page
+    assert (f"a third of the steps {searched['haste-third']:.2f}, after half of them {searched['haste']:.2f}, never "
+            f"{searched['haste-never']:.2f}.") in page
+    paid = {name: next(iter(runs[name][0].values())) for name in runs}
+    assert f"costs {float(paid['haste']['phase_1']):.2f} of one without" in page
+    assert f"as HASTE: {searched['irepa']:.2f}, at {float(paid['irepa']['phase_1']):.2f} a step" in page
+    assert f"each of which costs {float(paid['batch-16']['phase_2']):.2f}." in page
+    plain_takes = {name: draw.first_below(runs["plain"][0], ends(name, 0, "search_distance"), "search_distance")
+                   for name in runs if searched[name] is None}
+    assert 2999.5 < plain_takes.pop("logit-normal") < 3000
+    failed = sorted(plain_takes.values())
+    assert f"plain is after {failed[0]:,.0f} to {failed[-1]:,.0f}: in one seed" in page
+    assert f"{searched[best]:.2f} from the seed and by the judge that chose it, {by_the_other} by this" in page
+    assert f"and {found} by the other judge" in page
 
 
 @pytest.mark.parametrize("words", [(), ("fast",), ("haste", "ten"), ("haste", "-1")])
