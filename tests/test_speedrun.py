@@ -91,7 +91,7 @@ def test_the_figure_is_drawn_of_the_rows(results, monkeypatch, tmp_path, search)
 
 def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     runs, _ = draw.read(speedrun.RESULTS)
-    page = " ".join((ROOT / "experiments/README.md").read_text().split())
+    page, landing = (" ".join((ROOT / name).read_text().split()) for name in ("experiments/README.md", "README.md"))
     ends = lambda name, seed, column: float(runs[name][seed][max(runs[name][seed])][column])
     several = lambda numbers: f"{min(numbers):.2f} to {max(numbers):.2f}"
     searched = {name: speedrun.costs_to_quality(runs, name, (0,), "search_distance")[0] for name in runs}
@@ -99,6 +99,7 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     found = several(speedrun.costs_to_quality(runs, best, speedrun.REPORT, "distance"))
     by_the_other = several(speedrun.costs_to_quality(runs, best, speedrun.REPORT, "search_distance"))
     last = several([ends(best, seed, "distance") / ends("plain", seed, "distance") for seed in speedrun.REPORT])
+    assert f"HASTE with times from a logit-normal costs {found} of what plain SiT pays" in landing
     assert f"together {found} of plain's cost, and after 2,400 steps {last} of the distance" in page
     assert f"HASTE alone costs {searched['haste']:.2f}, both {searched[best]:.2f};" in page
     assert (f"a third of the steps {searched['haste-third']:.2f}, after half of them {searched['haste']:.2f}, never "
