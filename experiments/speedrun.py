@@ -112,15 +112,21 @@ def take_emoji():
     OWN_SETTINGS, JUDGE, PREPARE = pixels.settings, pixels.judge, partial(reg.prepare_emoji, OUT)
 
 
-def costs(changes):
-    """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
-    ROUNDS, in which they are measured in turn. CPU seconds of one thread, so that waiting for a core counts nothing."""
+def kinds_of_steps(changes):
+    """{"plain", "phase_1", "phase_2": constants}: those steps of an attempt that compute something else than plain
+    SiT's, and these."""
     kinds = {"plain": PLAIN}
     if changes.get("ALIGN_STEPS") != 0:
         kinds["phase_1"] = {name: value for name, value in changes.items() if name not in FREE}
     in_both = {name: value for name, value in changes.items() if name not in FREE + ALIGNING}
     if in_both:
         kinds["phase_2"] = PLAIN | in_both
+    return kinds
+
+
+def costs(kinds):
+    """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
+    ROUNDS, in which they are measured in turn. CPU seconds of one thread, so that waiting for a core counts nothing."""
     found = dict(phase_2=1, preparation=0)
     if len(kinds) == 1:
         return found
@@ -138,7 +144,7 @@ def costs(changes):
                                          / (ROUND - 1))
     plain = np.array(seconds.pop("plain"))
     found |= {kind: float(np.median(each / plain)) for kind, each in seconds.items()}
-    if "CLASS_WEIGHT" in changes:
+    if "CLASS_WEIGHT" in kinds.get("phase_2", ()):
         found["preparation"] = seconds_for_class_tokens() / np.median(plain)
     torch.set_num_threads(threads)
     return found
@@ -252,15 +258,14 @@ def run_attempt(name, seeds):
 
 
 def costs_once(changes):
-    """costs(), measured once for all attempts that differ in FREE alone."""
+    """costs(), measured once for all attempts that take the same kinds of steps."""
     path = Path(OUT, "costs.json")
     measured = json.loads(path.read_text()) if path.exists() else {}
-    aligned = "" if changes.get("ALIGN_STEPS") == 0 else "aligned"
-    what = str([aligned, *sorted(item for item in changes.items() if item[0] not in FREE)])
-    if what not in measured:
-        measured[what] = costs(changes)
+    kinds = kinds_of_steps(changes)
+    if str(kinds) not in measured:
+        measured[str(kinds)] = costs(kinds)
         write_atomically(path, lambda path: path.write_text(json.dumps(measured, indent=1)))
-    return measured[what]
+    return measured[str(kinds)]
 
 
 def write(rows):

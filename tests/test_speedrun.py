@@ -77,7 +77,16 @@ def test_a_rate_is_by_the_data_sets_own(restored, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("changes", [dict(RATE=2, WARMUP_STEPS=100), dict(TIMES=(0.0, 1.0), BETAS=(0.9, 0.95)), {}])
 def test_what_changes_no_step_costs_nothing(changes):
-    assert speedrun.costs(speedrun.PLAIN | changes) == dict(phase_2=1, preparation=0)
+    kinds = speedrun.kinds_of_steps(speedrun.PLAIN | changes)
+    assert speedrun.costs(kinds) == dict(phase_2=1, preparation=0)
+
+
+def test_what_says_how_to_align_changes_the_steps_of_phase_1_alone():
+    irepa, reg = (speedrun.kinds_of_steps(speedrun.ATTEMPTS[name]) for name in ("irepa", "reg"))
+    assert list(irepa) == ["plain", "phase_1"] and irepa["phase_1"]["PROJECTOR"] == "conv"
+    assert reg["phase_2"] == dict(ALIGN_STEPS=0, CLASS_WEIGHT=0.03)
+    haste, longer = (speedrun.kinds_of_steps(speedrun.ATTEMPTS[name]) for name in ("haste", "haste-third+logit-normal"))
+    assert haste == longer  # measured once
 
 
 @pytest.mark.parametrize("search", [(0,), ()])
