@@ -109,6 +109,7 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     by_the_other = several(speedrun.costs_to_quality(runs, best, speedrun.REPORT, "search_distance"))
     last = several([ends(best, seed, "distance") / ends("plain", seed, "distance") for seed in speedrun.REPORT])
     assert f"HASTE with times from a logit-normal costs {found} of what plain SiT pays" in landing
+    assert f"committed: {speedrun.report(runs, best, speedrun.REPORT, 'distance')[0]}`" in page
     assert f"together {found} of plain's cost, and after 2,400 steps {last} of the distance" in page
     assert f"HASTE alone costs {searched['haste']:.2f}, both {searched[best]:.2f};" in page
     assert (f"a third of the steps {searched['haste-third']:.2f}, after half of them {searched['haste']:.2f}, never "
