@@ -113,8 +113,8 @@ def take_emoji():
 
 
 def kinds_of_steps(changes):
-    """{"plain", "phase_1", "phase_2": constants}: those steps of an attempt that compute something else than plain
-    SiT's, and these."""
+    """{kind: constants} of the steps to be measured: "plain", and of an attempt's "phase_1" and "phase_2" those that
+    compute something else."""
     kinds = {"plain": PLAIN}
     if changes.get("ALIGN_STEPS") != 0:
         kinds["phase_1"] = {name: value for name, value in changes.items() if name not in FREE}
