@@ -67,11 +67,13 @@ ATTEMPTS = {
     "rate-2": dict(PLAIN, RATE=2, WARMUP_STEPS=100),
     "betas": dict(PLAIN, BETAS=(0.9, 0.95)),
     "ema": dict(PLAIN, EMA_DECAY=0.995),
-    "batch-16": dict(PLAIN, BATCH_SIZE=16, STEPS=2 * STEPS),
-    "batch-64": dict(PLAIN, BATCH_SIZE=64, STEPS=STEPS // 2),
+    "batch-half": dict(PLAIN, BATCH=0.5, STEPS=2 * STEPS),  # times its own BATCH_SIZE
+    "batch-double": dict(PLAIN, BATCH=2, STEPS=STEPS // 2),
     # what these suggest together
     "haste+logit-normal": dict(ALIGN_STEPS=STEPS // 2, TIMES=(0.0, 1.0)),
     "haste-third+logit-normal": dict(ALIGN_STEPS=STEPS // 3, TIMES=(0.0, 1.0)),
+    "irepa+logit-normal": dict(ATTENTION_WEIGHT=0, PROJECTOR="conv", SPATIAL_NORM=0.6, TIMES=(0.0, 1.0)),
+    "haste+irepa+logit-normal": dict(ALIGN_STEPS=STEPS // 2, PROJECTOR="conv", SPATIAL_NORM=0.6, TIMES=(0.0, 1.0)),
 }
 # Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Where constants change
 # nothing of what a step computes it costs what plain SiT's does; those that say how to align change none of phase II
@@ -85,9 +87,10 @@ COLUMNS = ("run", "seed", "step", "distance", "search_distance", "denoising_loss
 def settings(folder, seed, changes):
     """Sets the scripts' constants for one run."""
     changes = COMMON | changes
-    rate = changes.pop("RATE", 1)
+    rate, batch = changes.pop("RATE", 1), changes.pop("BATCH", 1)
     OWN_SETTINGS(folder, seed, changes)
     train.LEARNING_RATE *= rate
+    train.BATCH_SIZE = int(train.BATCH_SIZE * batch)
 
 
 def judge(samples, out):

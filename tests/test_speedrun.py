@@ -69,10 +69,10 @@ def test_emoji_have_one_judge_and_rows_of_their_own(results, monkeypatch, capsys
     assert path.read_bytes() == before
 
 
-def test_a_rate_is_by_the_data_sets_own(restored, monkeypatch, tmp_path):
+def test_a_rate_and_a_batch_are_by_the_data_sets_own(restored, monkeypatch, tmp_path):
     monkeypatch.setitem(model.MODELS, "student", None)  # taken back afterwards
-    speedrun.settings(tmp_path, 3, dict(RATE=2, WARMUP_STEPS=100))
-    assert (train.LEARNING_RATE, train.WARMUP_STEPS, train.SEED) == (6e-3, 100, 3)
+    speedrun.settings(tmp_path, 3, dict(RATE=2, WARMUP_STEPS=100, BATCH=0.5))
+    assert (train.LEARNING_RATE, train.WARMUP_STEPS, train.BATCH_SIZE, train.SEED) == (6e-3, 100, 16, 3)
 
 
 @pytest.mark.parametrize("changes", [dict(RATE=2, WARMUP_STEPS=100), dict(TIMES=(0.0, 1.0), BETAS=(0.9, 0.95)), {}])
@@ -117,7 +117,7 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     paid = {name: next(iter(runs[name][0].values())) for name in runs}
     assert f"costs {float(paid['haste']['phase_1']):.2f} of one without" in page
     assert f"as HASTE: {searched['irepa']:.2f}, at {float(paid['irepa']['phase_1']):.2f} a step" in page
-    assert f"each of which costs {float(paid['batch-16']['phase_2']):.2f}." in page
+    assert f"each of which costs {float(paid['batch-half']['phase_2']):.2f}." in page
     plain_takes = {name: draw.first_below(runs["plain"][0], ends(name, 0, "search_distance"), "search_distance")
                    for name in runs if searched[name] is None}
     assert 2999.5 < plain_takes.pop("logit-normal") < 3000
