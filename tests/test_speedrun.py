@@ -114,14 +114,24 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     assert f"HASTE alone costs {searched['haste']:.2f}, both {searched[best]:.2f};" in page
     assert (f"a third of the steps {searched['haste-third']:.2f}, after half of them {searched['haste']:.2f}, never "
             f"{searched['haste-never']:.2f}.") in page
-    paid = {name: next(iter(runs[name][0].values())) for name in runs}
-    assert f"costs {float(paid['haste']['phase_1']):.2f} of one without" in page
-    assert f"as HASTE: {searched['irepa']:.2f}, at {float(paid['irepa']['phase_1']):.2f} a step" in page
-    assert f"each of which costs {float(paid['batch-half']['phase_2']):.2f}." in page
+    paid = {name: {column: float(next(iter(seeds[0].values()))[column] or 0) for column in speedrun.COLUMNS[-3:]}
+            for name, seeds in runs.items()}
+    assert f"costs {paid['haste']['phase_1']:.2f} of one without" in page
+    assert (f"(REPA) cost {searched['repa']:.2f} there, attention alone {searched['attention']:.2f}, both "
+            f"{searched['haste']:.2f}.") in page
+    assert (f"as HASTE: {searched['irepa']:.2f}, at {paid['irepa']['phase_1']:.2f} a step, and with the times "
+            f"{searched['irepa+logit-normal']:.2f}. All three together cost "
+            f"{searched['haste+irepa+logit-normal']:.2f}, HASTE with the times {searched[best]:.2f}:") in page
+    assert (f"costs {searched['reg']:.2f}, more than REPA, which it has inside; "
+            f"{paid['reg']['preparation'] / speedrun.TARGET[1]:.2f} of it are") in page and searched["reg"] > searched["repa"]
+    assert f"each of which costs {paid['batch-half']['phase_2']:.2f}." in page
     plain_takes = {name: draw.first_below(runs["plain"][0], ends(name, 0, "search_distance"), "search_distance")
                    for name in runs if searched[name] is None}
     assert 2999.5 < plain_takes.pop("logit-normal") < 3000
+    assert (f"each at {paid['batch-double']['phase_2']:.2f}, is worse: plain is there after "
+            f"{plain_takes.pop('batch-double'):,.0f}.") in page
     failed = sorted(plain_takes.values())
+    assert set(plain_takes) == {"rate-1.5", "rate-2", "betas", "ema", "shift", "batch-half"}
     assert f"plain is after {failed[0]:,.0f} to {failed[-1]:,.0f}: in one seed" in page
     assert f"{searched[best]:.2f} from the seed and by the judge that chose it, {by_the_other} by this" in page
     assert f"and {found} by the other judge" in page
