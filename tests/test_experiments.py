@@ -523,13 +523,20 @@ def test_what_the_pages_say_of_the_loss_by_time_follows_from_the_committed_rows(
 def test_the_landing_page_shows_the_committed_means():
     larger, floor = draw.read(ROOT / "experiments/compare.csv")
     smaller, _ = draw.read(ROOT / "experiments/late.csv")
+    attempts, _ = draw.read(speedrun.RESULTS)
+    reported = lambda name: speedrun.report(attempts, name, speedrun.REPORT, "distance")[0]
+    searched = [speedrun.report(attempts, name, speedrun.SEARCH, "search_distance")[0] for name in attempts
+                if name != "plain"]
     readme = (ROOT / "README.md").read_text()
-    for run, name in (("plain", "plain SiT"), ("features", "features alone (REPA)"), ("attention", "attention alone"),
-                      ("aligned", "both, to the end"), (HASTE, "both, stopped at 2,000 (HASTE)")):
+    for run, name, cost in (("plain", "plain SiT", "1"), ("features", "features alone (REPA)", ""),
+                            ("attention", "attention alone", ""), ("aligned", "both, to the end", ""),
+                            (HASTE, "both, stopped at 2,000 (HASTE)", f"{reported('haste')}, at 1,200")):
         cells = [f"{draw.values(larger, run, step).mean():.2f}" for step in (1000, 3000)]
-        cells.append(f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else "")
+        cells += [cost, f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else ""]
         assert " ".join(f"| {name} | {' | '.join(cells)} |".split()) in readme, name
-    assert f"| real images | | {float(floor['distance']):.2f} |" in readme
+    assert f"| HASTE, times from a logit-normal | | | {reported('haste+logit-normal')} | |" in readme
+    assert f"| real images | | {float(floor['distance']):.2f} | | {float(floor['distance']):.2f} |" in readme
+    assert f"which {searched.count('not reached')} of {len(searched)} failed" in readme
 
 
 def test_reduced_form_says_what_lies_outside_the_committed_table(capsys):
