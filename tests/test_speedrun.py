@@ -140,6 +140,21 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
             ) in page
 
 
+def test_what_the_page_says_of_attempts_on_emoji_is_in_the_committed_rows():
+    runs, _ = draw.read(ROOT / "experiments/speedrun_emoji.csv")
+    page = " ".join((ROOT / "experiments/README.md").read_text().split())
+    several = lambda numbers, digits=2: f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
+    found = {name: speedrun.costs_to_quality(runs, name, speedrun.REPORT, "distance") for name in runs}
+    at = lambda name, step: several([float(rows[step]["distance"]) for rows in runs[name].values()], digits=0)
+    assert (f"after 2,400 HASTE is at {at('haste', 2400)}, the times alone at {at('logit-normal', 2400)} (plain SiT is "
+            f"at {at('plain', 2500)} after 2,500), both at {at('haste+logit-normal', 2400)}.") in page
+    by_the_times, = (cost for cost in found["logit-normal"] if cost)
+    assert found["haste"] == [None] * 3
+    assert (f"both reach the target at {several(found['haste+logit-normal'])}, where it was 0.54 to 0.59, and one of "
+            f"three seeds reaches it by the times alone, at {by_the_times:.2f}.") in page
+    assert f"costs {float(runs['haste'][10][400]['phase_1']):.2f} of one without, as the student is smaller" in page
+
+
 @pytest.mark.parametrize("words", [(), ("fast",), ("haste", "ten"), ("haste", "-1")])
 def test_what_is_no_attempt_is_refused_in_one_line(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["speedrun.py", *words])
