@@ -536,7 +536,7 @@ def test_the_landing_page_shows_the_committed_means():
         assert " ".join(f"| {name} | {' | '.join(cells)} |".split()) in readme, name
     assert f"| HASTE, times from a logit-normal | | | {reported('haste+logit-normal')} | |" in readme
     assert f"| real images | | {float(floor['distance']):.2f} | | {float(floor['distance']):.2f} |" in readme
-    assert f"which {searched.count('not reached')} of {len(searched)} failed" in readme
+    assert f"in which {searched.count('not reached')} of {len(searched)} missed the target" in readme
 
 
 def test_reduced_form_says_what_lies_outside_the_committed_table(capsys):
