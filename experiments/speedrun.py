@@ -129,7 +129,7 @@ def kinds_of_steps(changes):
 
 def costs(kinds):
     """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
-    ROUNDS, in which they are measured in turn. CPU seconds of one thread, so that waiting for a core counts nothing."""
+    ROUNDS, in which they are measured in turn, in CPU seconds of one thread."""
     found = dict(phase_2=1, preparation=0)
     if len(kinds) == 1:
         return found

@@ -98,11 +98,14 @@ def test_the_figure_is_drawn_of_the_rows(results, monkeypatch, tmp_path, search)
     assert Image.open(tmp_path / "figure.png").width > 500
 
 
+def several(numbers, digits=2):
+    return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
+
+
 def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     runs, _ = draw.read(speedrun.RESULTS)
     page = " ".join((ROOT / "experiments/README.md").read_text().split())
     ends = lambda name, seed, column: float(runs[name][seed][max(runs[name][seed])][column])
-    several = lambda numbers: f"{min(numbers):.2f} to {max(numbers):.2f}"
     searched = {name: speedrun.costs_to_quality(runs, name, (0,), "search_distance")[0] for name in runs}
     best = "haste+logit-normal"
     found, by_the_other = ({name: several(speedrun.costs_to_quality(runs, name, speedrun.REPORT, column))
@@ -118,10 +121,15 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
             for name, seeds in runs.items()}
     assert f"costs {paid['haste']['phase_1']:.2f} of one without" in page
     assert (f"(REPA) cost {searched['repa']:.2f} there, attention alone {searched['attention']:.2f}, both "
-            f"{searched['haste']:.2f}.") in page
+            f"{searched['haste']:.2f};") in page
     assert (f"as HASTE: {searched['irepa']:.2f}, at {paid['irepa']['phase_1']:.2f} a step, and with the times "
             f"{searched['irepa+logit-normal']:.2f}. All three together cost "
             f"{searched['haste+irepa+logit-normal']:.2f}, HASTE with the times {searched[best]:.2f}:") in page
+    by_the_first = {name: searched[name] * first / paid[name]["phase_1"]
+                    for name, first in (("attention", 1.2419), ("repa", 1.1190))}  # aligned to the end
+    assert (f"attention alone would cost {by_the_first['attention']:.2f} and REPA {by_the_first['repa']:.2f}, where it "
+            f"says {searched['attention']:.2f} and {searched['repa']:.2f}.") in page
+    assert f"2,400 without a teacher cost {speedrun.STEPS / speedrun.TARGET[1]:.2f}, and" in page
     tokens = paid["reg"]["preparation"] / speedrun.TARGET[1]
     assert f"costs {searched['reg']:.2f}, more than REPA, which it has inside; {tokens:.2f} of it are" in page
     assert searched["reg"] > searched["repa"]
@@ -143,15 +151,16 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
 def test_what_the_page_says_of_attempts_on_emoji_is_in_the_committed_rows():
     runs, _ = draw.read(ROOT / "experiments/speedrun_emoji.csv")
     page = " ".join((ROOT / "experiments/README.md").read_text().split())
-    several = lambda numbers, digits=2: f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
     found = {name: speedrun.costs_to_quality(runs, name, speedrun.REPORT, "distance") for name in runs}
     at = lambda name, step: several([float(rows[step]["distance"]) for rows in runs[name].values()], digits=0)
     assert (f"after 2,400 HASTE is at {at('haste', 2400)}, the times alone at {at('logit-normal', 2400)} (plain SiT is "
             f"at {at('plain', 2500)} after 2,500), both at {at('haste+logit-normal', 2400)}.") in page
+    clothes, _ = draw.read(speedrun.RESULTS)
+    clothes = several(speedrun.costs_to_quality(clothes, "haste+logit-normal", speedrun.REPORT, "distance"))
     by_the_times, = (cost for cost in found["logit-normal"] if cost)
     assert found["haste"] == [None] * 3
-    assert (f"both reach the target at {several(found['haste+logit-normal'])}, where it was 0.54 to 0.59, and one of "
-            f"three seeds reaches it by the times alone, at {by_the_times:.2f}.") in page
+    assert (f"both reach the target at {several(found['haste+logit-normal'])}, where it was {clothes}, and one "
+            f"of three seeds reaches it by the times alone, at {by_the_times:.2f}, which is all that their") in page
     assert f"costs {float(runs['haste'][10][400]['phase_1']):.2f} of one without, as the student is smaller" in page
 
 
