@@ -5,6 +5,7 @@ SiT pays.
     python -m experiments.speedrun haste         # one of ATTEMPTS, from the seeds of the report
     python -m experiments.speedrun haste 10      # from these seeds: beside the committed ones
     python -m experiments.speedrun emoji haste   # on reg.py's emoji, for which nothing was chosen
+    python -m experiments.speedrun costs         # those of all attempts of RESULTS, measured in turn; emoji costs
     python -m experiments.speedrun table         # all attempts of RESULTS, and the figure (matplotlib); emoji table
 
 An attempt is what differs from compare.py's larger SiT, aligned to the end, as train.py's constants. Add one to
@@ -78,7 +79,7 @@ ATTEMPTS = {
 # Costs are medians of so many rounds, each of so many steps of plain SiT and of each phase. Where constants change
 # nothing of what a step computes it costs what plain SiT's does; those that say how to align change none of phase II
 ROUNDS, ROUND = 6, 30
-FREE = "ALIGN_STEPS", "RATE", "WARMUP_STEPS", "BETAS", "EMA_DECAY", "TIMES", "TIME_SHIFT"
+FREE = "STEPS", "ALIGN_STEPS", "RATE", "WARMUP_STEPS", "BETAS", "EMA_DECAY", "TIMES", "TIME_SHIFT"
 ALIGNING = "FEATURE_WEIGHT", "ATTENTION_WEIGHT", "PROJECTOR", "SPATIAL_NORM", "ALIGN_DEPTH", "LAYER_PAIRS"
 COLUMNS = ("run", "seed", "step", "distance", "search_distance", "denoising_loss", "phase_1", "phase_2",
            "preparation")
@@ -116,39 +117,39 @@ def take_emoji():
 
 
 def kinds_of_steps(changes):
-    """{kind: constants} of the steps to be measured: "plain", and of an attempt's "phase_1" and "phase_2" those that
-    compute something else."""
-    kinds = {"plain": PLAIN}
+    """{phase: constants} of an attempt's steps, less those that change nothing of what a step computes."""
+    in_both = {name: value for name, value in changes.items() if name not in FREE + ALIGNING}
+    kinds = {"phase_2": PLAIN | in_both}
     if changes.get("ALIGN_STEPS") != 0:
         kinds["phase_1"] = {name: value for name, value in changes.items() if name not in FREE}
-    in_both = {name: value for name, value in changes.items() if name not in FREE + ALIGNING}
-    if in_both:
-        kinds["phase_2"] = PLAIN | in_both
     return kinds
 
 
-def costs(kinds):
-    """What a step of an attempt costs in phase_1 and phase_2, and its preparation, by a step of plain SiT: medians of
-    ROUNDS, in which they are measured in turn, in CPU seconds of one thread."""
-    found = dict(phase_2=1, preparation=0)
-    if len(kinds) == 1:
+def costs(attempts):
+    """{name: what its steps cost in phase_1 and phase_2, and its preparation} of attempts {name: constants}, by a step
+    of plain SiT: medians of ROUNDS, in which steps of all kinds are measured in turn, in CPU seconds of one thread."""
+    kinds = {name: kinds_of_steps(changes) for name, changes in attempts.items()}
+    each = {str(PLAIN): PLAIN} | {str(step): step for steps in kinds.values() for step in steps.values()}
+    found = {name: dict(phase_2=1, preparation=0) for name in attempts}
+    if len(each) == 1:
         return found
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     usual = {name: value for name, value in vars(train).items() if name.isupper()}
-    seconds = {kind: [] for kind in kinds}
+    seconds = {kind: [] for kind in each}
     with TemporaryDirectory() as runs, open(Path(OUT, "costs.txt"), "w") as output:
         with redirect_stdout(output), redirect_stderr(output):
             for start in range(0, ROUNDS * (ROUND + 1), ROUND + 1):
-                for kind, constants in kinds.items():
+                for number, (kind, constants) in enumerate(each.items()):
                     vars(train).update(usual)  # of what the kind before has changed
-                    to_start = cpu_seconds(Path(runs, kind), constants, start + 1)
-                    seconds[kind].append((cpu_seconds(Path(runs, kind), constants, start + 1 + ROUND) - to_start)
-                                         / (ROUND - 1))
-    plain = np.array(seconds.pop("plain"))
-    found |= {kind: float(np.median(each / plain)) for kind, each in seconds.items()}
-    if "CLASS_WEIGHT" in kinds.get("phase_2", ()):
-        found["preparation"] = seconds_for_class_tokens() / np.median(plain)
+                    folder = Path(runs, str(number))
+                    to_start = cpu_seconds(folder, constants, start + 1)
+                    seconds[kind].append((cpu_seconds(folder, constants, start + 1 + ROUND) - to_start) / (ROUND - 1))
+    plain = np.array(seconds[str(PLAIN)])
+    for name, steps in kinds.items():
+        found[name] |= {phase: float(np.median(seconds[str(step)] / plain)) for phase, step in steps.items()}
+        if "CLASS_WEIGHT" in attempts[name]:
+            found[name]["preparation"] = seconds_for_class_tokens() / np.median(plain)
     torch.set_num_threads(threads)
     return found
 
@@ -242,42 +243,63 @@ def draw_attempts(file):
     figure.savefig(file, dpi=150)
 
 
+def prepare(attempts):
+    """The images, and their class tokens if an attempt has these."""
+    compare.OUT, compare.SETTINGS = OUT, settings
+    PREPARE()
+    if any("CLASS_WEIGHT" in changes for changes in attempts.values()):
+        reg.write_class_tokens()
+
+
 def run_attempt(name, seeds):
     """Trains and judges an attempt from each seed, in pieces that resume; its rows."""
     changes = dict(ATTEMPTS[name])
     end = changes.pop("STEPS", STEPS)
-    compare.OUT, compare.RUNS, compare.SEEDS = OUT, {name: changes}, seeds
+    compare.RUNS, compare.SEEDS = {name: changes}, seeds
     compare.STEPS, compare.STOPPED = tuple(end * (i + 1) // JUDGED for i in range(JUDGED)), ()
-    compare.SETTINGS, compare.JUDGE = settings, JUDGE
+    compare.JUDGE = JUDGE
     compare.FILES = __name__, "experiments.pixels", "experiments.emoji_data"
     compare.PROCESSES = min(compare.PROCESSES, len(seeds))
-    PREPARE()
-    if "CLASS_WEIGHT" in changes:
-        reg.write_class_tokens()
+    prepare({name: changes})
     compare.run_all()
-    found = costs_once(changes)
-    return [json.loads(Path(OUT, name, str(seed), f"{step}.json").read_text()) | found
+    found = costs_once({name: changes})
+    return [json.loads(Path(OUT, name, str(seed), f"{step}.json").read_text()) | found[name]
             for seed in seeds for step in compare.STEPS]
 
 
-def costs_once(changes):
-    """costs(), measured once for all attempts that take the same kinds of steps."""
+def costs_once(attempts, anew=False):
+    """costs() of attempts; of those whose kinds of steps were measured before what was found then, unless anew."""
     path = Path(OUT, "costs.json")
-    measured = json.loads(path.read_text()) if path.exists() else {}
-    kinds = kinds_of_steps(changes)
-    if str(kinds) not in measured:
-        measured[str(kinds)] = costs(kinds)
+    measured = json.loads(path.read_text()) if path.exists() and not anew else {}
+    kinds = {name: str(kinds_of_steps(changes)) for name, changes in attempts.items()}
+    new = costs({name: changes for name, changes in attempts.items() if kinds[name] not in measured})
+    if new:
+        measured |= {kinds[name]: found for name, found in new.items()}
         write_atomically(path, lambda path: path.write_text(json.dumps(measured, indent=1)))
-    return measured[str(kinds)]
+    return {name: measured[kinds[name]] for name in attempts}
+
+
+def measure_costs():
+    """Of all attempts of RESULTS anew, in turn, into their rows."""
+    rows = written()
+    attempts = {row["run"]: ATTEMPTS[row["run"]] for row in rows}
+    prepare(attempts)
+    found = costs_once(attempts, anew=True)
+    for name, paid in found.items():
+        print(f"{name}: {', '.join(f'{what} {cost:.3f}' for what, cost in paid.items())}")
+    write([row | found[row["run"]] for row in rows])
+
+
+def written():
+    """RESULTS' rows."""
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write(rows):
     """RESULTS with these rows, in place of those of the same attempt and seeds."""
     new = {(row["run"], str(row["seed"])) for row in rows}
-    kept = []
-    if RESULTS.exists():
-        with open(RESULTS, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if (row["run"], row["seed"]) not in new]
+    kept = [row for row in (written() if RESULTS.exists() else []) if (row["run"], row["seed"]) not in new]
     order = lambda row: (list(ATTEMPTS).index(row["run"]), int(row["seed"]), int(row["step"]))
     compare.write_rows(RESULTS, sorted(kept + rows, key=order), COLUMNS)
 
@@ -290,8 +312,11 @@ def main():
         data = [words.pop(0)]
         take_emoji()
     name, *seeds = words or [""]
-    if name not in (*ATTEMPTS, "table") or not all(seed.isdecimal() for seed in seeds):
-        raise ValueError(f"say which attempt, and from which seeds if not {REPORT}: {', '.join(ATTEMPTS)}; or table")
+    if name not in (*ATTEMPTS, "costs", "table") or not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"say which attempt, and from which seeds if not {REPORT}: {', '.join(ATTEMPTS)}; or costs; "
+                         "or table")
+    if name == "costs":
+        return measure_costs()
     if name == "table":
         table()
         return draw_attempts(f"data/{RESULTS.stem}.png")

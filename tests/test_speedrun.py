@@ -77,16 +77,46 @@ def test_a_rate_and_a_batch_are_by_the_data_sets_own(restored, monkeypatch, tmp_
 
 @pytest.mark.parametrize("changes", [dict(RATE=2, WARMUP_STEPS=100), dict(TIMES=(0.0, 1.0), BETAS=(0.9, 0.95)), {}])
 def test_what_changes_no_step_costs_nothing(changes):
-    kinds = speedrun.kinds_of_steps(speedrun.PLAIN | changes)
-    assert speedrun.costs(kinds) == dict(phase_2=1, preparation=0)
+    assert speedrun.costs({"it": speedrun.PLAIN | changes}) == {"it": dict(phase_2=1, preparation=0)}
 
 
 def test_what_says_how_to_align_changes_the_steps_of_phase_1_alone():
     irepa, reg = (speedrun.kinds_of_steps(speedrun.ATTEMPTS[name]) for name in ("irepa", "reg"))
-    assert list(irepa) == ["plain", "phase_1"] and irepa["phase_1"]["PROJECTOR"] == "conv"
+    assert irepa["phase_2"] == speedrun.PLAIN and irepa["phase_1"]["PROJECTOR"] == "conv"
     assert reg["phase_2"] == dict(ALIGN_STEPS=0, CLASS_WEIGHT=0.03)
+    assert "phase_1" not in speedrun.kinds_of_steps(speedrun.ATTEMPTS["batch-half"])
     haste, longer = (speedrun.kinds_of_steps(speedrun.ATTEMPTS[name]) for name in ("haste", "haste-third+logit-normal"))
     assert haste == longer  # measured once
+
+
+def test_costs_of_all_attempts_are_measured_in_turn_into_their_rows(results, restored, monkeypatch, tmp_path, capsys):
+    """A kind of step once, though two attempts take it; of a machine that slows down their ratios say nothing."""
+    path = results({"plain": {10: {400: 4}}, "haste": {0: {100: 5}, 10: {100: 6}}, "never": {10: {100: 7}}},
+                   phase_1="")
+    monkeypatch.setitem(ATTEMPTS, "half", dict(ALIGN_STEPS=0, BATCH=0.5, STEPS=800))
+    results({"half": {10: {800: 4}}}, phase_1="")
+    measured = []
+
+    def cpu_seconds(folder, changes, step):
+        measured.append(changes)
+        a_step = 0.5 if "BATCH" in changes else 1 if changes == speedrun.PLAIN else 1.25
+        return 3 + a_step * (step % (speedrun.ROUND + 1) or speedrun.ROUND) * (1 + (len(measured) - 1) // 6)
+
+    set_constants(monkeypatch, speedrun, OUT=str(tmp_path), PREPARE=lambda: None, cpu_seconds=cpu_seconds, ROUNDS=3)
+    set_constants(monkeypatch, compare, OUT=None, SETTINGS=None)
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "costs"])
+    for _ in range(2):  # anew each time
+        measured.clear()
+        speedrun.main()
+        assert measured[:6] == [speedrun.PLAIN] * 2 + [{}] * 2 + [dict(speedrun.PLAIN, BATCH=0.5)] * 2
+        assert len(measured) == 3 * 6
+    assert "haste: phase_2 1.000, preparation 0.000, phase_1 1.250\n" in capsys.readouterr().out
+    with open(path, newline="") as file:
+        rows = [[row[name] for name in ("run", "seed", "distance", *speedrun.COLUMNS[-3:])]
+                for row in csv.DictReader(file)]
+    assert rows == [["plain", "10", "4", "", "1.0", "0"], ["haste", "0", "", "1.25", "1.0", "0"],
+                    ["haste", "10", "6", "1.25", "1.0", "0"], ["never", "10", "7", "1.25", "1.0", "0"],
+                    ["half", "10", "4", "", "0.5", "0"]]
 
 
 @pytest.mark.parametrize("search", [(0,), ()])
