@@ -531,7 +531,7 @@ def test_the_landing_page_shows_the_committed_means():
     for run, name, cost in (("plain", "plain SiT", "1"),
                             ("features", "features alone (REPA)", reported("repa")),
                             ("attention", "attention alone", reported("attention")),
-                            ("aligned", "both, to the end", ""),
+                            ("aligned", "both, to the end", reported("haste-never")),
                             (HASTE, "both, stopped at 2,000 (HASTE)", f"{reported('haste')}, at 1,200")):
         cells = [f"{draw.values(larger, run, step).mean():.2f}" for step in (1000, 3000)]
         cells += [cost, f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else ""]

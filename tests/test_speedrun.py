@@ -139,19 +139,26 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     searched = {name: speedrun.costs_to_quality(runs, name, (0,), "search_distance")[0] for name in runs}
     best = "haste+logit-normal"
     found, by_the_other = ({name: several(speedrun.costs_to_quality(runs, name, speedrun.REPORT, column))
-                            for name in ("haste", best)} for column in ("distance", "search_distance"))
+                            for name in ("attention", "haste", "haste-never", best)}
+                           for column in ("distance", "search_distance"))
     last = several([ends(best, seed, "distance") / ends("plain", seed, "distance") for seed in speedrun.REPORT])
     assert f"committed: {speedrun.report(runs, best, speedrun.REPORT, 'distance')[0]}`" in page
     assert (f"HASTE costs {found['haste']} of what plain SiT pays, both {found[best]}, and after 2,400 steps they are "
             f"at {last} of the distance that plain has after 3,000. In the search it is {searched['haste']:.2f} and "
             f"{searched[best]:.2f};") in page
-    assert (f"a third of the steps {searched['haste-third']:.2f}, after half of them {searched['haste']:.2f}, never "
+    assert (f"after half of the steps {found['haste']}, never {found['haste-never']}; in the search after a third of "
+            f"them {searched['haste-third']:.2f}, after half {searched['haste']:.2f}, never "
             f"{searched['haste-never']:.2f}.") in page
     paid = {name: {column: float(next(iter(seeds[0].values()))[column] or 0) for column in speedrun.COLUMNS[-3:]}
             for name, seeds in runs.items()}
     assert f"costs {paid['haste']['phase_1']:.2f} of one without" in page
-    assert (f"(REPA) cost {searched['repa']:.2f} there, attention alone {searched['attention']:.2f}, both "
-            f"{searched['haste']:.2f};") in page
+    missed, *reached = sorted(speedrun.costs_to_quality(runs, "repa", speedrun.REPORT, "distance"), key=bool)
+    all_steps = paid["repa"]["phase_1"] * speedrun.STEPS / speedrun.TARGET[1]
+    assert missed is None
+    assert (f"alone it costs {found['attention']} in the report, where both losses cost {found['haste']}; features "
+            f"alone (REPA) cost {min(reached):.2f} and {max(reached):.2f} from two seeds, and from the third 2,400 "
+            f"such steps, which cost {all_steps:.2f}, do not suffice. In the search attention costs "
+            f"{searched['attention']:.2f}, both {searched['haste']:.2f}, REPA {searched['repa']:.2f}:") in page
     assert (f"as HASTE: {searched['irepa']:.2f}, at {paid['irepa']['phase_1']:.2f} a step, and with the times "
             f"{searched['irepa+logit-normal']:.2f}. All three together cost "
             f"{searched['haste+irepa+logit-normal']:.2f}, HASTE with the times {searched[best]:.2f}:") in page
