@@ -536,7 +536,8 @@ def test_the_landing_page_shows_the_committed_means():
         cells = [f"{draw.values(larger, run, step).mean():.2f}" for step in (1000, 3000)]
         cells += [cost, f"{draw.values(smaller, run, 8000).mean():.2f}" if run in smaller else ""]
         assert " ".join(f"| {name} | {' | '.join(cells)} |".split()) in readme, name
-    assert f"| HASTE, times from a logit-normal | | | {reported('haste+logit-normal')} | |" in readme
+    assert (f"| HASTE, times from a logit-normal; with iREPA's parts | | | {reported('haste+logit-normal')}; "
+            f"{reported('haste+irepa+logit-normal')} | |") in readme
     assert f"| real images | | {float(floor['distance']):.2f} | | {float(floor['distance']):.2f} |" in readme
     assert f"in which {searched.count('not reached')} of {len(searched)} missed the target" in readme
 

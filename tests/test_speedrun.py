@@ -3,6 +3,7 @@
 import csv
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -129,17 +130,21 @@ def test_the_figure_is_drawn_of_the_rows(results, monkeypatch, tmp_path, search)
 
 
 def several(numbers, digits=2):
-    return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
+    return f"{min(numbers):,.{digits}f} to {max(numbers):,.{digits}f}"
 
 
 def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     runs, _ = draw.read(speedrun.RESULTS)
     page = " ".join((ROOT / "experiments/README.md").read_text().split())
     ends = lambda name, seed, column: float(runs[name][seed][max(runs[name][seed])][column])
+    mean_end = lambda name: f"{np.mean([ends(name, seed, 'distance') for seed in speedrun.REPORT]):.2f}"
+    target = np.mean([ends("plain", seed, "distance") for seed in speedrun.REPORT])
+    steps_to_target = lambda name: several([draw.first_below(runs[name][seed], target, "distance")
+                                            for seed in speedrun.REPORT], digits=0)
     searched = {name: speedrun.costs_to_quality(runs, name, (0,), "search_distance")[0] for name in runs}
-    best = "haste+logit-normal"
+    best, lowest = "haste+logit-normal", "haste+irepa+logit-normal"
     found, by_the_other = ({name: several(speedrun.costs_to_quality(runs, name, speedrun.REPORT, column))
-                            for name in ("attention", "haste", "haste-never", best)}
+                            for name in ("attention", "haste", "haste-never", best, lowest)}
                            for column in ("distance", "search_distance"))
     last = several([ends(best, seed, "distance") / ends("plain", seed, "distance") for seed in speedrun.REPORT])
     assert f"committed: {speedrun.report(runs, best, speedrun.REPORT, 'distance')[0]}`" in page
@@ -159,13 +164,11 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
             f"alone (REPA) cost {min(reached):.2f} and {max(reached):.2f} from two seeds, and from the third 2,400 "
             f"such steps, which cost {all_steps:.2f}, do not suffice. In the search attention costs "
             f"{searched['attention']:.2f}, both {searched['haste']:.2f}, REPA {searched['repa']:.2f}:") in page
-    assert (f"as HASTE: {searched['irepa']:.2f}, at {paid['irepa']['phase_1']:.2f} a step, and with the times "
-            f"{searched['irepa+logit-normal']:.2f}. All three together cost "
-            f"{searched['haste+irepa+logit-normal']:.2f}, HASTE with the times {searched[best]:.2f}:") in page
-    by_the_first = {name: searched[name] * first / paid[name]["phase_1"]
-                    for name, first in (("attention", 1.2419), ("repa", 1.1190))}  # aligned to the end
-    assert (f"attention alone would cost {by_the_first['attention']:.2f} and REPA {by_the_first['repa']:.2f}, where it "
-            f"says {searched['attention']:.2f} and {searched['repa']:.2f}.") in page
+    assert (f"without attention, cost {searched['irepa']:.2f} in the search, at {paid['irepa']['phase_1']:.2f} a step, "
+            f"and with the times {searched['irepa+logit-normal']:.2f}. With them HASTE with the times is at the target "
+            f"after {steps_to_target(lowest)} steps, in the report, and without them after {steps_to_target(best)}; at "
+            f"the end nothing is left, {mean_end(lowest)} and {mean_end(best)}. That it costs {found[lowest]} ") in page
+    assert f"at {paid['attention']['phase_1']:.2f} and {paid['repa']['phase_1']:.2f}, which the table has;" in page
     assert f"2,400 without a teacher cost {speedrun.STEPS / speedrun.TARGET[1]:.2f}, and" in page
     tokens = paid["reg"]["preparation"] / speedrun.TARGET[1]
     assert f"costs {searched['reg']:.2f}, more than REPA, which it has inside; {tokens:.2f} of it are" in page
