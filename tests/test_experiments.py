@@ -327,7 +327,10 @@ def test_speed_up_reads_plains_curve(tmp_path, haste, expected):
     assert draw.speed_up(runs, HASTE, 0, 100) == (expected if expected is None else pytest.approx(expected))
 
 
-@pytest.mark.parametrize("results", sorted((ROOT / "experiments").glob("*.csv")), ids=lambda path: path.stem)
+TABLES = [path for path in sorted((ROOT / "experiments").glob("*.csv")) if path.stem != "speedrun_costs"]
+
+
+@pytest.mark.parametrize("results", TABLES, ids=lambda path: path.stem)
 def test_the_readme_here_shows_the_committed_rows(results, monkeypatch, capsys):
     if results.stem == "release":
         release.tables()

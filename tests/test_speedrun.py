@@ -160,15 +160,27 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     missed, *reached = sorted(speedrun.costs_to_quality(runs, "repa", speedrun.REPORT, "distance"), key=bool)
     all_steps = paid["repa"]["phase_1"] * speedrun.STEPS / speedrun.TARGET[1]
     assert missed is None
-    assert (f"alone it costs {found['attention']} in the report, where both losses cost {found['haste']}; features "
-            f"alone (REPA) cost {min(reached):.2f} and {max(reached):.2f} from two seeds, and from the third 2,400 "
-            f"such steps, which cost {all_steps:.2f}, do not suffice. In the search attention costs "
-            f"{searched['attention']:.2f}, both {searched['haste']:.2f}, REPA {searched['repa']:.2f}:") in page
+    assert (f"alone it costs {found['attention']} in the report, where both losses cost {found['haste']} (after "
+            f"{steps_to_target('attention')} and {steps_to_target('haste')} steps); features alone (REPA) cost "
+            f"{min(reached):.2f} and {max(reached):.2f} from two seeds, and from the third 2,400 such steps, which "
+            f"cost {all_steps:.2f}, do not suffice. In the search attention costs {searched['attention']:.2f}, both "
+            f"{searched['haste']:.2f}, REPA {searched['repa']:.2f}:") in page
     assert (f"without attention, cost {searched['irepa']:.2f} in the search, at {paid['irepa']['phase_1']:.2f} a step, "
             f"and with the times {searched['irepa+logit-normal']:.2f}. With them HASTE with the times is at the target "
             f"after {steps_to_target(lowest)} steps, in the report, and without them after {steps_to_target(best)}; at "
             f"the end nothing is left, {mean_end(lowest)} and {mean_end(best)}. That it costs {found[lowest]} ") in page
-    assert f"at {paid['attention']['phase_1']:.2f} and {paid['repa']['phase_1']:.2f}, which the table has;" in page
+    with open(ROOT / "experiments/speedrun_costs.csv", newline="") as file:
+        measured = {(row["measured"], row["run"]): row for row in csv.DictReader(file)}
+    first, second, third = ([f"{float(measured[how, name]['phase_1']):.2f}" for name in ("repa", "attention", "haste")]
+                            for how in ("one by one", "three in turn", "all in turn"))
+    assert "REPA's came out at {}, attention's alone at {}, HASTE's at {};".format(*first) in page
+    assert "these three in turn at {}, {} and {};".format(*second) in page
+    with_parts = float(measured["all in turn", lowest]["phase_1"])
+    assert "at {}, {} and {}, but {:.2f} with iREPA's parts, which cannot".format(*third, with_parts) in page
+    for (how, name), row in measured.items():
+        if how == ("three in turn" if name in ("repa", "attention") else "one by one"):
+            assert paid[name]["phase_1"] == pytest.approx(float(row["phase_1"] or 0), abs=1e-4)
+            assert paid[name]["phase_2"] == pytest.approx(float(row["phase_2"]), abs=1e-4)
     assert f"2,400 without a teacher cost {speedrun.STEPS / speedrun.TARGET[1]:.2f}, and" in page
     tokens = paid["reg"]["preparation"] / speedrun.TARGET[1]
     assert f"costs {searched['reg']:.2f}, more than REPA, which it has inside; {tokens:.2f} of it are" in page
