@@ -177,6 +177,14 @@ def test_what_the_page_says_of_attempts_is_in_the_committed_rows():
     assert "these three in turn at {}, {} and {};".format(*second) in page
     with_parts = float(measured["all in turn", lowest]["phase_1"])
     assert "at {}, {} and {}, but {:.2f} with iREPA's parts, which cannot".format(*third, with_parts) in page
+    by_the_third = {}
+    for name in ("haste", "attention", best, lowest):
+        phase_1 = measured["all in turn", lowest if name == lowest else name.removesuffix("+logit-normal")]["phase_1"]
+        rows = {seed: {step: dict(row, phase_1=phase_1) for step, row in runs[name][seed].items()}
+                for seed in speedrun.REPORT}
+        by_the_third[name] = several(speedrun.costs_to_quality(runs | {name: rows}, name, speedrun.REPORT, "distance"))
+    assert ("By the third HASTE costs {haste}, attention alone {attention}, HASTE with times from a logit-normal "
+            "{haste+logit-normal}, and with iREPA's parts {haste+irepa+logit-normal}.".format(**by_the_third)) in page
     for (how, name), row in measured.items():
         if how == ("three in turn" if name in ("repa", "attention") else "one by one"):
             assert paid[name]["phase_1"] == pytest.approx(float(row["phase_1"] or 0), abs=1e-4)
